@@ -1,0 +1,1 @@
+"""The data contract: schemas, the commit log, sources and latent shards. No ray, no torch."""

@@ -1,0 +1,104 @@
+"""Names, ids and keys that every manifest shares.
+
+A *clip* is a row. Its id says where it comes from and is stable for ever; its *row key* says
+what a stage saw of it, so that a result is reused exactly as long as its inputs are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+KEPT = "kept"
+REJECTED = "rejected"
+FAILED = "failed"
+PENDING = "pending"  # never stored: the absence of an outcome
+ABSENT = "absent"  # only in the source: the row has left the table
+
+# What every source row has. Any other column of the user's table follows as `source_<name>`:
+# the prefix keeps it apart from what stages measure (`source_fps` is a claim, `fps` a fact).
+SOURCE = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("start", pa.float64()),  # seconds into the video; null: from its beginning
+        pa.field("end", pa.float64()),  # seconds; null: to its end
+        pa.field("origin", pa.string()),  # "clips.csv:17", for messages; in no key
+    ]
+)
+SOURCE_PREFIX = "source_"
+
+# What the commit log adds to the columns of any stage.
+OUTCOME = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("parent_id", pa.string()),  # set where a stage splits a clip
+        pa.field("row_key", pa.string(), nullable=False),
+        pa.field("outcome", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),  # few distinct words: a rule's name, a failure's class
+        pa.field("message", pa.string()),  # a sentence for a person
+        pa.field("attempts", pa.int32(), nullable=False),
+    ]
+)
+
+RESERVED = frozenset(OUTCOME.names) | frozenset(SOURCE.names) | {"stage"}
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Hex sha256 of the canonical JSON of `value` (sorted keys, no spaces), cut to `length`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def clip_id(uri: str, start: float | None = None, end: float | None = None) -> str:
+    """The id of the clip `start`..`end` (seconds) of the video at `uri`: 24 hex digits."""
+    return digest(["clip", uri, start, end], 24)
+
+
+def child_id(parent: str, start: float | None, end: float | None) -> str:
+    """The id of a part of a clip, for stages that split: scenes, windows."""
+    return digest(["child", parent, start, end], 24)
+
+
+def _encode(value: Any) -> bytes:
+    """One value as bytes that no other value of any type shares."""
+    if value is None:
+        return b"n"
+    if isinstance(value, str):
+        data = value.encode("utf-8", "surrogatepass")
+        return b"s%d:" % len(data) + data
+    if isinstance(value, bool):
+        return b"t" if value else b"f"
+    if isinstance(value, int):
+        return b"i%d;" % value
+    if isinstance(value, float):
+        return b"d" + struct.pack("<d", value)
+    if isinstance(value, bytes):
+        return b"b%d:" % len(value) + value
+    if isinstance(value, list | tuple):
+        return b"l%d:" % len(value) + b"".join(map(_encode, value))
+    if isinstance(value, dict):
+        items = sorted(value.items())
+        return b"m%d:" % len(items) + b"".join(_encode(k) + _encode(v) for k, v in items)
+    raise TypeError(f"a {type(value).__name__} has no place in a row key")
+
+
+def row_key(values: Iterable[Any]) -> str:
+    """The key of a row = a hash of the values of the columns that a stage reads: 16 hex digits.
+
+    Keys are only ever compared for one clip under one stage, so 64 bits are ample.
+    """
+    return hashlib.blake2b(b"".join(map(_encode, values)), digest_size=8).hexdigest()
+
+
+def row_keys(table: pa.Table, columns: Sequence[str]) -> list[str]:
+    """The row key of every row of `table` over `columns`, in their given order."""
+    if not columns:
+        return [row_key(())] * table.num_rows
+    return [row_key(v) for v in zip(*(table.column(c).to_pylist() for c in columns), strict=True)]

@@ -1,0 +1,178 @@
+"""Latent shards and the index over them: what `vidpipe train` opens.
+
+A shard is a Parquet file that the encode stage committed: one row a clip, with the latents as raw
+little-endian bytes beside their shape and dtype, and a `LatentSpec` in the file's metadata.
+Latents are stored as the VAE gave them: the posterior's mean and log-variance (*moments*),
+unscaled, so that every trainer's format can be derived without encoding again.
+
+The index is one Parquet file: one row per clip that is ready to train on, with its caption and the
+place of its latents. It is a join by key, made by the pipeline; positions inside a shard are only
+ever used together with the clip id that must stand there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# Columns that the encode stage adds.
+LATENTS = pa.schema(
+    [
+        pa.field("latents", pa.binary()),
+        pa.field("latents_shape", pa.list_(pa.int32())),  # (C or 2C, F, H, W)
+        pa.field("latents_dtype", pa.string()),  # float32 | float16 | bfloat16
+        pa.field("frame_times", pa.list_(pa.float64())),  # seconds, of the frames picked
+    ]
+)
+
+INDEX = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("shard", pa.string(), nullable=False),  # relative to the workdir
+        pa.field("row", pa.int32(), nullable=False),  # row of the shard
+        pa.field("shape", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+
+_KEY = b"vidpipe"
+
+
+class ShardError(Exception):
+    """A shard or an index is missing, damaged or not what was expected; the message says which."""
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What holds for all latents of a shard, and so of an index.
+
+    A model trains on `(x - shift) * scale`, per channel, whatever the VAE's family
+    (`scaling_factor` of AutoencoderKL, `latents_mean/std` of Wan and LTX: one rule).
+    """
+
+    vae: str  # as configured: a folder, a hub id, demo://vae
+    vae_class: str  # the diffusers class
+    vae_sha256: str  # of the weights
+    fingerprint: str  # of the encode stage
+    moments: bool  # True: 2C channels, mean then log-variance; False: C channels
+    channels: int  # C
+    temporal: int  # frames per latent frame (after the first): 1, 4, 8
+    spatial: int  # pixels per latent pixel
+    shift: list[float]  # C values
+    scale: list[float]  # C values
+    sampling: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)  # the VAE's own, for exports
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LatentSpec:
+        """Raises ShardError when a field is missing or unknown."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ShardError(f"the latents' metadata is of another version: {error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """One clip's latents as stored: `shape` values of `dtype`, little-endian, in C order."""
+
+    clip_id: str
+    data: memoryview
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """An opened index: `table` has the columns of INDEX, `spec` describes all latents."""
+
+    workdir: str
+    table: pa.Table
+    spec: LatentSpec
+    facts: dict[str, Any]  # which columns and stages it was made of
+
+    @classmethod
+    def open(cls, url: str) -> Index:
+        """Raises ShardError where there is none, or it is none of ours."""
+        fs, path = fsspec.core.url_to_fs(url)
+        try:
+            with fs.open(path, "rb") as file:
+                table = pq.read_table(file)
+        except FileNotFoundError as error:
+            raise ShardError(f"no index at {url}: run `vidpipe run` first") from error
+        except pa.ArrowInvalid as error:
+            raise ShardError(f"{url} is no index: {error}") from error
+        facts = file_facts(table.schema)
+        if "spec" not in facts:
+            raise ShardError(f"{url} is a Parquet file but no vidpipe index")
+        spec = LatentSpec.from_json(facts.pop("spec"))
+        return cls(facts.pop("workdir"), table, spec, facts)
+
+    def save(self, url: str) -> None:
+        """Writes it whole under another name first: an index is there or it is not."""
+        fs, path = fsspec.core.url_to_fs(url)
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        facts = {**self.facts, "workdir": self.workdir, "spec": self.spec.to_json()}
+        with fs.open(path + ".part", "wb") as file:
+            pq.write_table(with_facts(self.table, facts), file, compression="zstd")
+        fs.mv(path + ".part", path)
+
+
+def with_facts(table: pa.Table, facts: dict[str, Any]) -> pa.Table:
+    """The table with `facts` (JSON-able) in its schema's metadata."""
+    metadata = dict(table.schema.metadata or {})
+    metadata[_KEY] = json.dumps(facts, sort_keys=True).encode()
+    return table.replace_schema_metadata(metadata)
+
+
+def file_facts(schema: pa.Schema) -> dict[str, Any]:
+    """What `with_facts` stored; empty where nothing was."""
+    stored = (schema.metadata or {}).get(_KEY)
+    return dict(json.loads(stored)) if stored else {}
+
+
+def read_latents(workdir: str, shard: str, rows: Sequence[int]) -> Iterator[Latent]:
+    """The latents at `rows` (ascending) of one shard, read row group by row group.
+
+    Raises ShardError, naming the shard, where it is missing or damaged.
+    """
+    fs, root = fsspec.core.url_to_fs(workdir)
+    path = f"{root}/{shard}"
+    columns = ["clip_id", "latents", "latents_shape", "latents_dtype"]
+    try:
+        with fs.open(path, "rb") as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
+            wanted = iter(rows)
+            row = next(wanted, None)
+            first = 0
+            for group in range(parquet.num_row_groups):
+                last = first + parquet.metadata.row_group(group).num_rows
+                if row is not None and row < last:
+                    table = parquet.read_row_group(group, columns=columns)
+                    while row is not None and row < last:
+                        yield _latent(table, row - first)
+                        row = next(wanted, None)
+                first = last
+            if row is not None:
+                raise ShardError(f"shard {shard} has {first} rows, row {row} was asked for")
+    except FileNotFoundError as error:
+        raise ShardError(f"shard {shard} is missing from {workdir}") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ShardError(f"shard {shard} in {workdir} is damaged: {error}") from error
+
+
+def _latent(table: pa.Table, row: int) -> Latent:
+    return Latent(
+        clip_id=table.column("clip_id")[row].as_py(),
+        data=memoryview(table.column("latents")[row].as_buffer()),
+        shape=tuple(table.column("latents_shape")[row].as_py()),
+        dtype=table.column("latents_dtype")[row].as_py(),
+    )

@@ -1,0 +1,1 @@
+"""Orchestration: configuration, the plan, the unit, the runners and the command line."""

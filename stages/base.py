@@ -1,0 +1,196 @@
+"""What a stage is: frozen settings, the columns it reads and adds, and `process`.
+
+A stage knows no engine and no files of the manifest: rows come in, outcomes go out, one for
+one. `pipeline.unit` feeds it and commits what it says; both runners call that. A new stage is one
+file here (or anywhere, named `module:Class` in vidpipe.yaml).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from manifests.schema import digest
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The clip is sound and not wanted. `reason`: a word or a rule's name; status counts by it."""
+
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The clip could not be processed. `error` is the class that status counts by, in words with
+    underscores (`not_a_video`); `message` is the sentence for a person."""
+
+    error: str
+    message: str = ""
+
+
+# A list of rows for a row: the clip was split. Each part bears its own clip_id (`child_id`).
+Outcome = Row | Rejected | Failed | list[Row]
+
+
+class StageError(Exception):
+    """A stage cannot be set up as configured: the message says what, why and what to do."""
+
+
+class _Speed:
+    """Marks a setting that changes speed and never results; it stays out of the fingerprint."""
+
+
+SPEED = _Speed()
+T = TypeVar("T")
+Speed = Annotated[T, SPEED]
+
+
+class StageSettings(BaseModel):
+    """Settings of one stage: its section in vidpipe.yaml. Subclasses add their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    enabled: Speed[bool] = Field(True, description="false leaves the stage out of the DAG")
+    workers: Speed[int | None] = Field(None, ge=1, description="processes; default: by resources")
+    cpus: Speed[float | None] = Field(None, gt=0, description="CPU cores of one worker")
+    gpus: Speed[float | None] = Field(None, ge=0, description="GPUs of one worker")
+    memory: Speed[int | None] = Field(None, ge=0, description="bytes of one worker")
+    batch_size: Speed[int | None] = Field(None, ge=1, description="rows given to process at once")
+
+
+class Sampling(BaseModel):
+    """Which frames stand for a clip, and at what size: the section `sampling` of vidpipe.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fps: float = Field(16.0, gt=0, le=1000)
+    frames: int = Field(64, ge=1, le=100_000)
+    size: int | tuple[int, int] = Field(256, description="pixels: a square side or [height, width]")
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    policy: Literal["time", "seed"] = "time"
+    short: Literal["reject", "pad", "repeat"] = "reject"
+
+    @property
+    def height(self) -> int:
+        return self.size if isinstance(self.size, int) else self.size[0]
+
+    @property
+    def width(self) -> int:
+        return self.size if isinstance(self.size, int) else self.size[1]
+
+    def times(self) -> dict[str, Any]:
+        """The part that decides which frames are picked, apart from what is made of them."""
+        return {"fps": self.fps, "frames": self.frames, "policy": self.policy}
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a pipeline lives, handed to every stage it builds."""
+
+    workdir: str  # URL or absolute path
+    root: str = ""  # what relative URIs of the source are relative to
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker of a stage takes. `workers` None: as many as fit."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory: int = 0
+    workers: int | None = None
+
+
+S = TypeVar("S", bound=StageSettings)
+Model = TypeVar("Model")
+
+
+class Stage(ABC, Generic[S, Model]):
+    """One step of the DAG. Instances are immutable, cheap to build and picklable.
+
+    `reads`   columns whose values decide the result: they make the row key.
+    `carries` columns that process is given but that do not decide the result (where a file lies).
+    `adds`    columns it writes. Binary ones are payload: they stay in the shard, out of views.
+    `after`   gates: this stage sees only rows that those stages kept, though it reads none of
+              their columns. A gate is in no row key.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # bump when the same settings give other results
+    Settings: ClassVar[type[StageSettings]] = StageSettings
+    reads: Sequence[str] = ()
+    carries: Sequence[str] = ()
+    adds: pa.Schema = pa.schema([])
+    after: Sequence[str] = ()
+    default_batch: ClassVar[int] = 16
+    default_resources: ClassVar[Resources] = Resources()
+
+    def __init__(self, settings: S, context: Context) -> None:
+        self.settings = settings
+        self.context = context
+
+    @abstractmethod
+    def process(self, rows: list[Row], model: Model) -> Sequence[Outcome]:
+        """One outcome per row, in order. An exception fails the unit, so expected faults of a row
+        are returned as `Failed`, never raised."""
+
+    def setup(self) -> Model:
+        """Loads what `process` needs, once per worker. Raises StageError with a remedy."""
+        return None  # type: ignore[return-value]
+
+    def check(self) -> None:
+        """Cheap checks before anything runs: model files there, packages installed.
+        Raises StageError."""
+
+    def identity(self) -> dict[str, Any]:
+        """Everything beside the rows that decides the results. Override to add to it."""
+        return {"name": self.name, "version": self.version, "settings": matters(self.settings)}
+
+    def metadata(self, model: Model) -> dict[str, Any]:
+        """Facts about all rows of a data file, JSON-able, stored once in it."""
+        return {}
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.identity())
+
+    @property
+    def batch_size(self) -> int:
+        return self.settings.batch_size or self.default_batch
+
+    @property
+    def resources(self) -> Resources:
+        default, own = self.default_resources, self.settings
+        return Resources(
+            cpus=default.cpus if own.cpus is None else own.cpus,
+            gpus=default.gpus if own.gpus is None else own.gpus,
+            memory=default.memory if own.memory is None else own.memory,
+            workers=own.workers or default.workers,
+        )
+
+    @property
+    def loads_model(self) -> bool:
+        """Whether a worker keeps something alive between units."""
+        return type(self).setup is not Stage.setup
+
+
+def matters(settings: BaseModel) -> dict[str, Any]:
+    """The settings that change results, as JSON-able values."""
+    fields = type(settings).model_fields
+    speed = {name for name, field in fields.items() if SPEED in field.metadata}
+    values = settings.model_dump(mode="json", exclude=speed)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise StageError(f"{name} is {value}: a setting must be a finite number")
+    return values

@@ -1,0 +1,1 @@
+"""Caption engines behind one interface; `stages.recaption` picks one by name."""

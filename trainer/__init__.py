@@ -1,0 +1,1 @@
+"""The trainer: reads an index of latent shards and nothing else of vidpipe."""
