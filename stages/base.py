@@ -133,6 +133,7 @@ class Stage(ABC, Generic[S, Model]):
     carries: Sequence[str] = ()
     adds: pa.Schema = pa.schema([])
     after: Sequence[str] = ()
+    splits: ClassVar[bool] = False  # may answer a row with a list of rows
     default_batch: ClassVar[int] = 16
     default_resources: ClassVar[Resources] = Resources()
 
@@ -148,6 +149,10 @@ class Stage(ABC, Generic[S, Model]):
     def setup(self) -> Model:
         """Loads what `process` needs, once per worker. Raises StageError with a remedy."""
         return None  # type: ignore[return-value]
+
+    def bind(self, columns: pa.Schema) -> None:
+        """Told, before anything runs, which columns there will be, with their types. Raises
+        StageError where the settings name others."""
 
     def check(self) -> None:
         """Cheap checks before anything runs: model files there, packages installed.
@@ -178,6 +183,11 @@ class Stage(ABC, Generic[S, Model]):
             memory=default.memory if own.memory is None else own.memory,
             workers=own.workers or default.workers,
         )
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether a worker takes a GPU by default, where there is one."""
+        return False
 
     @property
     def loads_model(self) -> bool:

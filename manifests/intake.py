@@ -1,0 +1,215 @@
+"""From a table of videos to units: every source row becomes a row of exactly one frozen unit.
+
+The pool of units only grows. A scan compares the table with the pool: new rows make new units, a
+changed row is committed again in its old unit, a row that left the table is marked there, and a row
+that came back is the row it was. So adding 1,000 videos to a million costs 1,000.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from manifests.schema import ABSENT, KEPT, OUTCOME, REJECTED, SOURCE, clip_id, digest, row_key
+from manifests.sources import SourceRow, SourceSettings, extras_schema, read, signature
+from manifests.store import Commit, Counts, Log, Store
+from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer
+
+MIN_UNIT, MAX_UNIT = 4, 1024
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What reading the source once came to."""
+
+    signature: str  # of the source and how it is read: equal means that nothing can have changed
+    rows: int
+    new: int
+    changed: int
+    gone: int
+
+
+@dataclass
+class _Known:
+    """One row of the pool, as small as it gets: there may be millions."""
+
+    unit: str
+    key: str
+    absent: bool = field(default=False)
+
+
+def source_layer(extras: pa.Schema | None = None) -> Layer:
+    """The source as the first layer of every DAG."""
+    own = [f for f in SOURCE if f.name != "clip_id"]
+    adds = pa.schema([*own, *(extras or pa.schema([]))])
+    return Layer(SOURCE_LAYER, SOURCE_FINGERPRINT, (), adds, ())
+
+
+def source_log(store: Store) -> Log:
+    return Log(store, SOURCE_LAYER, SOURCE_FINGERPRINT)
+
+
+def unit_size(rows: int) -> int:
+    """Rows of a unit, for `rows` new ones: enough units to spread over workers and to lose little
+    in a crash, few enough that each is a worthwhile piece of work."""
+    if rows <= 512:
+        return max(MIN_UNIT, min(64, -(-rows // 8)))
+    return max(64, min(MAX_UNIT, rows // 64))
+
+
+def source_signature(settings: SourceSettings) -> str:
+    return digest([settings.model_dump(mode="json"), signature(settings)])
+
+
+def last_scan(store: Store) -> Scan | None:
+    names = store.find("source/scans")
+    return Scan(**json.loads(store.read(names[-1]))) if names else None
+
+
+def scan(
+    store: Store,
+    settings: SourceSettings,
+    size: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Scan:
+    """Brings the pool up to the source; does nothing where the source has not changed since.
+
+    `size` fixes the rows of a new unit. Raises SourceError for a source that can't be read: then
+    the pool is as it was, but for rows that were new and are in the table all the same.
+    """
+    now = source_signature(settings)
+    before = last_scan(store)
+    if before is not None and before.signature == now:
+        return Scan(now, before.rows, 0, 0, 0)
+    extras = extras_schema(settings)
+    schema = pa.schema([*OUTCOME, *source_layer(extras).adds])
+    log = source_log(store)
+    known = _pool(store)
+    changes: dict[str, list[dict[str, Any]]] = {}
+    seen: set[str] = set()
+    fresh: list[dict[str, Any]] = []
+    rows = new = changed = 0
+    for row in _rows(read(settings), seen):
+        rows += 1
+        progress(rows)
+        old = known.get(row["clip_id"])
+        if old is None:
+            new += 1
+            fresh.append(row)
+        elif old.absent or old.key != row["row_key"]:
+            changed += 1
+            changes.setdefault(old.unit, []).append(row)
+    for batch in _batches(fresh, size or unit_size(new)):
+        unit = digest(["unit", *(row["clip_id"] for row in batch)])
+        _commit(log, unit, batch, schema)
+    gone = 0
+    for clip, old in known.items():
+        if clip not in seen and not old.absent:
+            gone += 1
+            changes.setdefault(old.unit, []).append(
+                _settled({"clip_id": clip}, old.key, ABSENT, "gone", "no longer in the source")
+            )
+    for unit, batch in changes.items():
+        _commit(log, unit, batch, schema)
+    result = Scan(now, rows, new, changed, gone)
+    number = len(store.find("source/scans"))
+    while not store.create(f"source/scans/{number:06d}.json", json.dumps(asdict(result)).encode()):
+        number += 1  # another driver scanned as well: both are right, the later one is read
+    return result
+
+
+def _rows(source: Iterable[SourceRow], seen: set[str]) -> Iterator[dict[str, Any]]:
+    """Source rows with id, key and outcome; a repeated or empty one is rejected under an id of its
+    own, so that each row of the table is in the account."""
+    first: dict[str, str] = {}
+    for source_row in source:
+        values = {
+            "uri": source_row.uri,
+            "caption": source_row.caption,
+            "start": source_row.start,
+            "end": source_row.end,
+            **source_row.extras,
+        }
+        key = row_key(v for pair in sorted(values.items()) for v in pair)
+        outcome, reason, message = KEPT, None, None
+        own = clip_id(source_row.uri or "", source_row.start, source_row.end)
+        if not source_row.uri:
+            outcome, reason = REJECTED, "no_uri"
+            message = f"{source_row.origin} names no video"
+        elif own in first:
+            outcome, reason = REJECTED, "duplicate"
+            message = f"{source_row.origin} repeats the clip of {first[own]}"
+        else:
+            first[own] = source_row.origin
+        n = 0
+        unique = own
+        while unique in seen:
+            n += 1
+            unique = digest(["repeat", own, n], 24)
+        seen.add(unique)
+        values |= {"clip_id": unique, "origin": source_row.origin}
+        yield _settled(values, key, outcome, reason, message)
+
+
+def _settled(
+    values: dict[str, Any], key: str, outcome: str, reason: str | None, message: str | None
+) -> dict[str, Any]:
+    return {
+        **values,
+        "row_key": key,
+        "outcome": outcome,
+        "reason": reason,
+        "message": message,
+        "attempts": 1,
+    }
+
+
+def _pool(store: Store) -> dict[str, _Known]:
+    """Every row that was ever taken in, with its last state."""
+    log = source_log(store)
+    known: dict[str, _Known] = {}
+    for unit, names in log.units().items():
+        for commit in log.commits(unit, names):
+            table = store.read_parquet(
+                log.data_name(unit, commit), ["clip_id", "row_key", "outcome"]
+            )
+            for clip, key, outcome in zip(*(column.to_pylist() for column in table.columns)):
+                known[clip] = _Known(unit, key, outcome == ABSENT)
+    return known
+
+
+def _commit(log: Log, unit: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Appends `rows` to a unit. The counts are those of the whole unit after it."""
+    table = pa.Table.from_pylist(rows, schema=schema)
+    while True:
+        commits = log.commits(unit)
+        counts = _counts(log, unit, commits, table)
+        if log.append(unit, len(commits), "", counts, table) is not None:
+            return
+        if not commits:
+            return  # another driver took in the same new rows: the unit's name says so
+
+
+def _counts(log: Log, unit: str, commits: list[Commit], table: pa.Table) -> Counts:
+    last: dict[str, tuple[str, str | None]] = {}
+    columns = ["clip_id", "outcome", "reason"]
+    tables = [log.store.read_parquet(log.data_name(unit, c), columns) for c in commits]
+    for part in (*tables, table.select(columns)):
+        for clip, outcome, reason in zip(*(column.to_pylist() for column in part.columns)):
+            last[clip] = (outcome, reason)
+    counts = Counts()
+    for outcome, reason in last.values():
+        if outcome != ABSENT:
+            counts.add(outcome, reason)
+    return counts
+
+
+def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,372 @@
+"""The command line. Commands are thin shells over library calls; imports stay lazy, because
+`vidpipe --help` must not pay for torch.
+
+Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from manifests.store import Counts
+    from pipeline.dag import Pipeline
+    from pipeline.unit import Retry
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """The `vidpipe` command."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; what is committed stays, `vidpipe run` goes on from there", err=True)
+        code = 130
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        click.echo(f"vidpipe: {error}", err=True)
+        code = known
+    sys.exit(code or 0)
+
+
+def _known(error: Exception) -> int | None:
+    """The exit code of an error whose message is all that a user needs; None: a bug of ours."""
+    from manifests.shards import ShardError
+    from manifests.sources import SourceError
+    from manifests.store import StoreError
+    from pipeline.config import ConfigError
+    from pipeline.errors import RunError
+    from stages.base import StageError
+
+    if isinstance(error, ConfigError | SourceError | StageError):
+        return 2
+    if isinstance(error, StoreError | ShardError | RunError | OSError):
+        return 1
+    return None
+
+
+def _config(command: F) -> F:
+    """-c and --set, which every command with a pipeline takes."""
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a setting: --set encode.dtype=bfloat16. May be given several times.",
+    )(command)
+    return click.option(
+        "-c",
+        "--config",
+        "file",
+        default="vidpipe.yaml",
+        show_default=True,
+        metavar="FILE",
+        help="The configuration.",
+    )(command)
+
+
+def _load(file: str, overrides: tuple[str, ...], **run: Any) -> Pipeline:
+    from pipeline import config, dag
+
+    loaded = config.load(file, overrides)
+    chosen = {name: value for name, value in run.items() if value is not None}
+    return dag.build(replace(loaded, run=loaded.run.model_copy(update=chosen)))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="vidpipe", prog_name="vidpipe")
+def cli() -> None:
+    """From a table of videos to latent shards to a trained video model.
+
+    Every clip is accounted for; nothing is computed twice; the GPU never waits.
+
+    \b
+    Start:   vidpipe demo            the whole way on 48 made clips, in two minutes
+             vidpipe init            a vidpipe.yaml for your own videos
+             vidpipe run             whatever is pending
+             vidpipe status          where every clip is
+    """
+
+
+@cli.command()
+@click.argument("folder", default=".", metavar="[DIR]")
+@click.option("--videos", metavar="PATH", help="Your folder or table of videos.")
+def init(folder: str, videos: str | None) -> None:
+    """Write a commented vidpipe.yaml into DIR."""
+    from pipeline.scaffold import init as write
+
+    path = write(folder, videos)
+    click.echo(f"wrote {path}. Edit `source`, then: vidpipe plan -c {path}", err=True)
+
+
+def _run_options(command: F) -> F:
+    for option in reversed(
+        (
+            click.option(
+                "--gpus",
+                type=click.IntRange(min=0),
+                metavar="N",
+                help="GPUs to use; default: all there are.",
+            ),
+            click.option(
+                "--runner",
+                type=click.Choice(["ray", "local"]),
+                help="ray (default), or a loop in this process.",
+            ),
+            click.option("--address", metavar="A", help="A running Ray cluster, e.g. auto."),
+            click.option(
+                "--retry-failed",
+                is_flag=False,
+                flag_value="*",
+                metavar="[CLASS]",
+                help="Try failed rows again: all, or those of one class.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("stages", nargs=-1, metavar="[STAGE]...")
+@_config
+@_run_options
+def plan(
+    stages: tuple[str, ...],
+    file: str,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    runner: str | None,
+    address: str | None,
+    retry_failed: str | None,
+) -> None:
+    """Show what `vidpipe run` would do, and why."""
+    from pipeline.output import text_table
+    from pipeline.report import console
+    from pipeline.run import prepare
+
+    pipeline = _load(file, overrides, gpus=gpus, runner=runner, address=address)
+    _, _, todo = prepare(pipeline, stages, _retry(retry_failed), console())
+    rows = [[s.name, s.counts.total, s.todo, len(s.units), s.why] for s in todo.stages.values()]
+    click.echo(text_table(["stage", "in", "to do", "units", "why"], rows), nl=False)
+    if todo.empty:
+        click.echo("nothing to do", err=True)
+
+
+@cli.command()
+@click.argument("stages", nargs=-1, metavar="[STAGE]...")
+@_config
+@_run_options
+@click.option("--explain", is_flag=True, help="Say how stages are spread over workers, and why.")
+def run(
+    stages: tuple[str, ...],
+    file: str,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    runner: str | None,
+    address: str | None,
+    retry_failed: str | None,
+    explain: bool,
+) -> None:
+    """Bring STAGEs (default: all) and what they need up to date.
+
+    Only what is pending runs; a second run right after the first does nothing.
+    """
+    from pipeline.report import console
+    from pipeline.run import run as run_pipeline
+
+    pipeline = _load(file, overrides, gpus=gpus, runner=runner, address=address)
+    report = console()
+    result = run_pipeline(pipeline, stages, _retry(retry_failed), report, explain)
+    if not result.ran:
+        report.note(f"nothing to do: {_up_to_date(result.stages)}")
+    _summary(result.status, result.stages, report.note)
+    if result.faults:
+        first = result.faults[0]
+        report.note(
+            f"{len(result.faults)} units raised; the first: stage {first.stage}, unit "
+            f"{first.unit}: {first.error}\n{first.trace or ''}"
+            "Their rows are pending: mend the cause and run again."
+        )
+        raise click.exceptions.Exit(1)
+
+
+def _up_to_date(stages: list[str]) -> str:
+    return f"{', '.join(stages)} {'is' if len(stages) == 1 else 'are'} up to date"
+
+
+def _summary(status: dict[str, Counts], stages: list[str], note: Callable[[str], None]) -> None:
+    """The account of what was asked for; failures are named, they are data."""
+    from pipeline.report import describe
+
+    for name in ["source", *stages]:
+        counts = status[name]
+        pending = f", {counts.pending} pending" if counts.pending else ""
+        note(f"  {name:<10} {counts.total:>8} in: {describe(counts)}{pending}")
+    failed = [f"{n} {name}.{why}" for name in stages for why, n in status[name].failed.items()]
+    if failed:
+        note(f"failed rows: {', '.join(failed)}")
+        worst = next(name for name in stages if status[name].failed)
+        note(f"see them: vidpipe show {worst} --where \"outcome = 'failed'\"")
+
+
+def _retry(classes: str | None) -> Retry:
+    from pipeline.unit import Retry
+
+    if classes is None:
+        return Retry()
+    named = () if classes == "*" else (c.strip() for c in classes.split(","))
+    return Retry(True, frozenset(named))
+
+
+@cli.command()
+@_config
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Where every clip is: per stage in, kept, rejected, failed, pending."""
+    from pipeline.account import account
+
+    result = account(_load(file, overrides))
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    from pipeline.output import text_table
+
+    rows = [
+        [
+            s["name"],
+            s["state"],
+            s["in"],
+            s["kept"],
+            sum(s["rejected"].values()),
+            sum(s["failed"].values()),
+            s["pending"],
+            ", ".join(f"{n} {why}" for why, n in {**s["rejected"], **s["failed"]}.items()),
+        ]
+        for s in result["stages"]
+    ]
+    names = ["stage", "state", "in", "kept", "rejected", "failed", "pending", "reasons"]
+    click.echo(text_table(names, rows), nl=False)
+
+
+@cli.command()
+@click.argument("stage")
+@_config
+@click.option("--where", metavar="SQL", help='Only rows for which this holds: "len < 64".')
+@click.option("--columns", metavar="A,B", help="Only these columns.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "jsonl", "csv"]),
+    help="Default: table on a terminal, jsonl elsewhere.",
+)
+@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N rows.")
+def show(
+    stage: str,
+    file: str,
+    overrides: tuple[str, ...],
+    where: str | None,
+    columns: str | None,
+    form: str | None,
+    limit: int | None,
+) -> None:
+    """Print the joined view after STAGE: one row per clip of the source, latents left out.
+
+    `outcome` is kept, rejected, failed or pending, `stage` the stage that gave it.
+    """
+    from pipeline.output import emit
+    from pipeline.query import select
+
+    form = form or ("table" if sys.stdout.isatty() else "jsonl")
+    names = [c.strip() for c in columns.split(",")] if columns else []
+    if not names and form == "table":
+        names = ["clip_id", "uri", "outcome", "reason", "stage", "message"]
+    emit(select(_load(file, overrides), stage, where, names, limit), form, sys.stdout)
+
+
+@cli.command()
+@_config
+@click.option("--out", required=True, metavar="FILE", help="A .parquet or .jsonl file.")
+def manifest(file: str, overrides: tuple[str, ...], out: str) -> None:
+    """Write the whole joined view, one row per clip of the source, to a file."""
+    from pipeline.query import write
+
+    rows = write(_load(file, overrides), out)
+    click.echo(f"{out}: {rows} rows", err=True)
+
+
+@cli.command(context_settings={"ignore_unknown_options": False})
+@_config
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Optimizer steps.")
+@click.option("--output", metavar="DIR", help="Checkpoints and logs; default: WORKDIR/train.")
+def train(file: str, overrides: tuple[str, ...], steps: int | None, output: str | None) -> None:
+    """Train on the latents and captions that are ready, from the last checkpoint on."""
+    from pipeline.training import train as launch
+
+    code = launch(_load(file, overrides), steps, output)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+@cli.command()
+@_config
+@click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT")
+@click.option("--out", required=True, metavar="FILE", help="A .gif, .mp4 or .png.")
+@click.option("--checkpoint", metavar="DIR", help="Default: the last one of WORKDIR/train.")
+def sample(
+    file: str,
+    overrides: tuple[str, ...],
+    prompts: tuple[str, ...],
+    out: str,
+    checkpoint: str | None,
+) -> None:
+    """Make videos of prompts with a trained model."""
+    from pipeline.training import sample as launch
+
+    code = launch(_load(file, overrides), list(prompts), out, checkpoint)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+@cli.command()
+@_config
+def doctor(file: str, overrides: tuple[str, ...]) -> None:
+    """Check this machine and, where there is one, the configuration."""
+    from pipeline.doctor import examine
+
+    ok = True
+    for check in examine(file, overrides):
+        ok = ok and check.ok
+        click.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.subject:<16} {check.finding}")
+    if not ok:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("folder", default="vidpipe-demo", metavar="[DIR]")
+@click.option("--clips", type=click.IntRange(min=16), default=48, show_default=True)
+def demo(folder: str, clips: int) -> None:
+    """The main job on made clips: videos, captions, latents, training, one sampled GIF."""
+    from pipeline.demo import demo as play
+
+    code = play(folder, clips)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Tables on stdout, in the format asked for. Data only: talk goes to stderr."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from typing import Any, TextIO
+
+import pyarrow as pa
+
+FORMATS = ("table", "json", "jsonl", "csv")
+# Cells of a table on a terminal are cut to this; the other formats never cut.
+CELL = 40
+
+
+def emit(table: pa.Table, form: str, out: TextIO) -> None:
+    rows = table.to_pylist()
+    if form == "jsonl":
+        for row in rows:
+            out.write(json_line(row))
+    elif form == "json":
+        out.write(json.dumps([_plain(row) for row in rows], ensure_ascii=False, indent=1) + "\n")
+    elif form == "csv":
+        writer = csv.writer(out)
+        writer.writerow(table.column_names)
+        for row in rows:
+            writer.writerow([_csv_cell(value) for value in row.values()])
+    else:
+        out.write(text_table(table.column_names, [list(row.values()) for row in rows]))
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """One JSON object and a line break. NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_plain(row), ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _csv_cell(value: Any) -> Any:
+    return json.dumps(_plain(value)) if isinstance(value, list | dict) else value
+
+
+def text_table(names: list[str], rows: list[list[Any]]) -> str:
+    """Columns side by side, numbers to the right; empty string for no columns."""
+    if not names:
+        return ""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells)]
+    right = [
+        all(isinstance(r[i], int | float | type(None)) for r in rows) for i in range(len(names))
+    ]
+
+    def line(values: list[str]) -> str:
+        padded = (
+            v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(names), *(line(row) for row in cells)]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = json.dumps(_plain(value)) if isinstance(value, list | dict) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= CELL else text[: CELL - 1] + "…"

@@ -1,0 +1,99 @@
+"""The plan: what is pending, and why. Pending is what upstream kept less what is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from manifests.store import Counts
+from manifests.view import SOURCE_LAYER, UnitView
+from pipeline.dag import Pipeline
+from pipeline.unit import Retry
+
+
+@dataclass
+class StagePlan:
+    """One stage's part: its account now, and the units that have work for it."""
+
+    name: str
+    counts: Counts = field(default_factory=Counts)
+    retried: int = 0  # failed rows that are tried again
+    units: list[str] = field(default_factory=list)
+    why: str = ""
+
+    @property
+    def todo(self) -> int:
+        """Rows known to be pending; stages upstream may yet hand on more."""
+        return self.counts.pending + self.retried
+
+
+@dataclass
+class Plan:
+    stages: dict[str, StagePlan]
+
+    @property
+    def units(self) -> list[str]:
+        """Units with work at any stage, in a stable order."""
+        return list(dict.fromkeys(u for stage in self.stages.values() for u in stage.units))
+
+    @property
+    def empty(self) -> bool:
+        return not self.units
+
+
+def views(pipeline: Pipeline) -> Iterator[UnitView]:
+    """Every unit of the source, as of one listing of the workdir.
+
+    Stages are listed from the last to the first, so that what a stage has committed is seen only
+    together with all that it was made from: the account adds up while a run is going on.
+    """
+    listed = {
+        name: pipeline.dag.log(pipeline.store, name).units()
+        for name in reversed(list(pipeline.dag.layers))
+    }
+    for unit in sorted(listed[SOURCE_LAYER]):
+        names = {name: units[unit] for name, units in listed.items() if unit in units}
+        yield UnitView(pipeline.store, pipeline.dag, unit, names)
+
+
+def status(pipeline: Pipeline) -> dict[str, Counts]:
+    """The account of the source and of every stage."""
+    totals = {name: Counts() for name in pipeline.dag.layers}
+    for view in views(pipeline):
+        for name, total in totals.items():
+            total += view.counts(name)
+    return totals
+
+
+def plan(pipeline: Pipeline, stages: Sequence[str], retry: Retry = Retry()) -> Plan:
+    """What `stages` (in topological order) have to do."""
+    plans = {name: StagePlan(name) for name in stages}
+    for view in views(pipeline):
+        open_above: set[str] = set()
+        for name, stage in plans.items():
+            counts = view.counts(name)
+            stage.counts += counts
+            failed = {r: n for r, n in counts.failed.items() if retry.wants("failed", r)}
+            stage.retried += sum(failed.values())
+            waits = any(a in open_above for a in pipeline.dag.ancestors[name])
+            if waits or counts.pending or failed or view.current(name) is None:
+                stage.units.append(view.unit)
+                open_above.add(name)
+    for name, stage in plans.items():
+        stage.why = _why(pipeline, name, stage)
+    return Plan(plans)
+
+
+def _why(pipeline: Pipeline, name: str, stage: StagePlan) -> str:
+    if not stage.units:
+        return "up to date"
+    if not stage.todo:
+        return "waits for the stages before it"
+    fingerprint = pipeline.dag.layers[name].fingerprint
+    seen = {path.split("/")[1] for path in pipeline.store.find(name) if path.count("/") >= 3}
+    if fingerprint in seen:
+        done = stage.counts.total - stage.counts.pending
+        retried = f"{stage.retried} failed rows are tried again" if stage.retried else ""
+        new = f"new or changed rows beside {done} that are done" if stage.counts.pending else ""
+        return ", ".join(filter(None, (retried, new)))
+    return "its settings changed" if seen else "never run"

@@ -1,0 +1,141 @@
+"""`vidpipe show` and `vidpipe manifest`: the joined view as rows, for people and for files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from manifests.view import SOURCE_LAYER, UnitView, terminal
+from pipeline.config import ConfigError
+from pipeline.dag import Pipeline
+from pipeline.plan import views
+
+_FIRST = ("clip_id", "uri", "caption", "outcome", "reason", "message", "stage")
+
+
+def tables(pipeline: Pipeline, stage: str | None) -> Iterator[pa.Table]:
+    """The joined view, a table a unit: every row of the source, with the columns of all stages and
+    its outcome after `stage` (None: after the last that it reached)."""
+    names = (
+        list(pipeline.dag.layers)
+        if stage is None
+        else [SOURCE_LAYER, *(n for n in pipeline.upstream([stage]) if n != SOURCE_LAYER)]
+    )
+    columns = pipeline.columns()
+    for view in views(pipeline):
+        yield _joined(view, names, list(pipeline.dag.layers), columns)
+
+
+def _joined(
+    view: UnitView, names: Sequence[str], every: Sequence[str], columns: pa.Schema
+) -> pa.Table:
+    for name in every:
+        view.settled(name)
+    ends = list(terminal(view, names))
+    table = view.table
+    table = table.select([n for n in table.column_names if not n.startswith("_")])
+    ended, outcome, reason, message = (list(column) for column in zip(*ends)) if ends else [[]] * 4
+    for name, values in (
+        ("outcome", outcome),
+        ("reason", reason),
+        ("message", message),
+        ("stage", ended),
+    ):
+        table = table.append_column(name, pa.array(values, pa.string()))
+    schema = pa.schema(
+        [
+            pa.field("clip_id", pa.string()),
+            *columns,
+            *(pa.field(n, pa.string()) for n in ("outcome", "reason", "message", "stage")),
+        ]
+    )
+    present = [f if f.name in table.column_names else None for f in schema]
+    filled = {
+        f.name: table.column(f.name).cast(f.type)
+        if known is not None
+        else pa.nulls(table.num_rows, f.type)
+        for f, known in zip(schema, present)
+    }
+    order = [*_FIRST, *(n for n in filled if n not in _FIRST)]
+    return pa.table({name: filled[name] for name in order})
+
+
+def select(
+    pipeline: Pipeline,
+    stage: str | None,
+    where: str | None = None,
+    columns: Sequence[str] = (),
+    limit: int | None = None,
+) -> pa.Table:
+    """Rows of the joined view for which `where`, an SQL condition over its columns, holds.
+
+    Raises ConfigError for a condition or column that does not fit.
+    """
+    import duckdb
+
+    parts: list[pa.Table] = []
+    for part in tables(pipeline, stage):
+        parts.append(part)
+        if where is None and limit is not None and sum(p.num_rows for p in parts) >= limit:
+            break
+    view = pa.concat_tables(parts) if parts else pa.schema([]).empty_table()
+    for column in columns:
+        if column not in view.column_names:
+            near = difflib.get_close_matches(column, view.column_names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"there is no column {column!r}.{hint} Columns: {', '.join(view.column_names)}."
+            )
+    if columns:
+        wanted = ", ".join(f'"{column}"' for column in columns)
+    else:
+        wanted = "*"
+    query = f"SELECT {wanted} FROM manifest"  # noqa: S608  columns are checked, files out of reach
+    if where:
+        query += f" WHERE {where}"
+    if limit is not None:
+        query += f" LIMIT {limit:d}"
+    settings = {"enable_external_access": "false", "lock_configuration": "true"}
+    with duckdb.connect(config=settings) as connection:
+        connection.register("manifest", view)
+        try:
+            return connection.sql(query).to_arrow_table()
+        except duckdb.Error as error:
+            raise ConfigError(f"--where {where!r}: {str(error).splitlines()[0]}") from error
+
+
+def write(pipeline: Pipeline, out: str) -> int:
+    """Writes the whole joined view to a .parquet or .jsonl file; returns its rows.
+
+    Unit by unit: memory does not grow with the manifest. Raises ConfigError for another ending.
+    """
+    suffix = Path(out).suffix
+    if suffix not in (".parquet", ".jsonl"):
+        raise ConfigError(f"--out {out}: the name must end in .parquet or .jsonl")
+    part = Path(out).with_name(Path(out).name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    rows = 0
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        writer = None
+        for table in tables(pipeline, None):
+            writer = writer or pq.ParquetWriter(part, table.schema, compression="zstd")
+            writer.write_table(table)
+            rows += table.num_rows
+        if writer is None:
+            raise ConfigError("there are no rows yet: `vidpipe run` first")
+        writer.close()
+    else:
+        from pipeline.output import json_line
+
+        with part.open("w", encoding="utf-8") as file:
+            for table in tables(pipeline, None):
+                for row in table.to_pylist():
+                    file.write(json_line(row))
+                rows += table.num_rows
+    part.replace(out)
+    return rows

@@ -1,0 +1,292 @@
+"""The `ray` runner: units as rows of a Ray Dataset, one `map_batches` per stage.
+
+The only file that imports ray. What travels between operators is the unit's name and nothing else:
+workers read and commit through the store, so there is nothing large to move, spill or rebuild. The
+worker of a stage bears the stage's name, and so does its operator on the dashboard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.util.metrics import Counter
+
+from manifests.store import Counts, Store
+from manifests.view import Dag
+from pipeline.config import RunSettings
+from pipeline.dag import Pipeline
+from pipeline.errors import RunError
+from pipeline.plan import Plan
+from pipeline.report import Reporter
+from pipeline.resources import Offer, Pass, Workers, cores, passes, share, usable_gpus
+from pipeline.unit import Receipt, Retry, run_unit
+from stages.base import Stage
+
+# A wave is one Dataset: enough units to keep a cluster busy, few enough for the driver's memory.
+WAVE_UNITS = 20_000
+# How often a unit is tried again when its worker dies under it, and a dead worker is replaced.
+TASK_RETRIES, WORKER_RESTARTS = 2, 3
+# Only names of units pass through the object store.
+OBJECT_STORE_BYTES = 128 << 20
+POLL_SECONDS = 0.5
+
+
+@contextlib.contextmanager
+def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
+    """A private Ray on this machine, or the one at `run.address`; gone again afterwards.
+
+    Yields what it offers. Raises ConfigError where more GPUs are asked for than there are.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    private: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": cores(),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": True,
+    }
+    try:
+        context = ray.init(
+            **(private if run.address is None else {"address": run.address}),
+            # Stages of the user's own are modules beside vidpipe.yaml.
+            runtime_env={"env_vars": {"PYTHONPATH": _python_path(base)}},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        where = run.address or "this machine"
+        raise RunError(f"Ray can't be started on {where}: {error}") from error
+    try:
+        if context.dashboard_url:
+            report.note(f"Ray dashboard: http://{context.dashboard_url}")
+        there = ray.cluster_resources()
+        yield Offer(there.get("CPU", 0.0), usable_gpus(run, there.get("GPU", 0.0)))
+    finally:
+        ray.shutdown()
+
+
+def run(
+    pipeline: Pipeline,
+    stages: Sequence[str],
+    plan: Plan,
+    retry: Retry,
+    report: Reporter,
+    explain: bool = False,
+) -> list[Receipt]:
+    """Runs `stages` over the plan's units; returns the receipts of units that raised. `explain`
+    has the report say how the stages are spread, and why.
+
+    Raises RunError where workers die beyond the retries, ConfigError where the stages don't fit
+    the machine.
+    """
+    _quiet()
+    settings = pipeline.config.run
+    with cluster(settings, pipeline.config.base, report) as offer:
+        active = [name for name in stages if plan.stages[name].units]
+        workers = {
+            name: share(pipeline.stages[name], offer, len(plan.stages[name].units))
+            for name in active
+        }
+        faults: list[Receipt] = []
+        with _tally(report) as tally:
+            for number, part in enumerate(passes(workers, offer, settings.mode, active), 1):
+                if explain:
+                    report.note(_spread(number, part, workers))
+                units = [
+                    u for u in plan.units if any(u in plan.stages[s].units for s in part.stages)
+                ]
+                for start in range(0, len(units), WAVE_UNITS):
+                    wave = units[start : start + WAVE_UNITS]
+                    faults += _run_wave(pipeline, part, workers, wave, retry, tally)
+        return faults
+
+
+def _spread(number: int, part: Pass, workers: Mapping[str, Workers]) -> str:
+    members = ", ".join(
+        f"{name} ({workers[name].count} x {workers[name].cpus:g} CPU"
+        + (f" + {workers[name].gpus:g} GPU)" if workers[name].gpus else ")")
+        for name in part.stages
+    )
+    return f"pass {number}: {members}: {part.why}"
+
+
+def _run_wave(
+    pipeline: Pipeline,
+    part: Pass,
+    workers: Mapping[str, Workers],
+    units: Sequence[str],
+    retry: Retry,
+    tally: Any,
+) -> list[Receipt]:
+    blocks = len(units)
+    dataset = ray.data.from_items(
+        [{"unit": unit, "faults": "[]"} for unit in units], override_num_blocks=blocks
+    )
+    for name in part.stages:
+        stage, share_ = pipeline.stages[name], workers[name]
+        kind = _actor if share_.actor else _task
+        options: dict[str, Any] = {"memory": share_.memory} if share_.memory else {}
+        options |= (
+            {"max_restarts": WORKER_RESTARTS, "max_task_retries": TASK_RETRIES}
+            if share_.actor
+            else {"max_retries": TASK_RETRIES}
+        )
+        dataset = dataset.map_batches(
+            kind(pipeline.store, pipeline.dag, stage, retry, tally),
+            batch_size=None,
+            compute=(ActorPoolStrategy if share_.actor else TaskPoolStrategy)(size=share_.count),
+            num_cpus=share_.cpus,
+            num_gpus=share_.gpus,
+            **options,
+        )
+    faults: list[Receipt] = []
+    try:
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            for text in batch["faults"]:
+                faults += map(_receipt, json.loads(str(text)))
+    except ray.exceptions.RayError as error:
+        raise RunError(
+            f"{' → '.join(part.stages)}: a worker died and its retries are used up: "
+            f"{_first_line(error)}. What was committed is kept: `vidpipe run` goes on from there."
+        ) from error
+    return faults
+
+
+def _step(
+    store: Store, dag: Dag, stage: Stage[Any, Any], retry: Retry, tally: Any
+) -> Callable[[dict[str, Any], Callable[[], Any]], dict[str, Any]]:
+    """What a worker does with one row of the dataset: one unit."""
+
+    def step(batch: dict[str, Any], model: Callable[[], Any]) -> dict[str, Any]:
+        rows = Counter("vidpipe_rows", "rows settled", tag_keys=("stage", "outcome"))
+
+        def on_rows(name: str, counts: Counts) -> None:
+            tally.rows.remote(name, counts)
+            for outcome, n in _outcomes(counts).items():
+                if n:
+                    rows.inc(n, {"stage": name, "outcome": outcome})
+
+        faults = []
+        for unit, before in zip(batch["unit"], batch["faults"]):
+            receipt = run_unit(store, dag, stage, model, str(unit), retry, on_rows)
+            tally.unit.remote(receipt)
+            own = [asdict(receipt)] if receipt.error else []
+            faults.append(json.dumps(json.loads(str(before)) + own))
+        return {"unit": batch["unit"], "faults": faults}
+
+    return step
+
+
+def _task(
+    store: Store, dag: Dag, stage: Stage[Any, Any], retry: Retry, tally: Any
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    step = _step(store, dag, stage, retry, tally)
+
+    def task(batch: dict[str, Any]) -> dict[str, Any]:
+        return step(batch, stage.setup)
+
+    task.__name__ = task.__qualname__ = stage.name
+    return task
+
+
+def _actor(store: Store, dag: Dag, stage: Stage[Any, Any], retry: Retry, tally: Any) -> type[Any]:
+    step = _step(store, dag, stage, retry, tally)
+
+    class Worker:
+        def __init__(self) -> None:
+            # A model that can't be loaded is the unit's error, with its remedy, not a dead actor.
+            self._model = functools.cache(stage.setup)
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return step(batch, self._model)
+
+    Worker.__name__ = Worker.__qualname__ = stage.name
+    return Worker
+
+
+class _Tally:
+    """Gathers the workers' events for the driver to show."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, Counts]] = []
+        self._units: list[Receipt] = []
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        self._rows.append((stage, counts))
+
+    def unit(self, receipt: Receipt) -> None:
+        self._units.append(receipt)
+
+    def drain(self) -> tuple[list[tuple[str, Counts]], list[Receipt]]:
+        drained = self._rows, self._units
+        self._rows, self._units = [], []
+        return drained
+
+
+@contextlib.contextmanager
+def _tally(report: Reporter) -> Iterator[Any]:
+    """An actor that workers tell their events, and a thread that hands these to `report`."""
+    tally = ray.remote(_Tally).options(num_cpus=0, name=None).remote()
+    stop = threading.Event()
+
+    def show() -> None:
+        rows, units = ray.get(tally.drain.remote())
+        for stage, counts in rows:
+            report.rows(stage, counts)
+        for receipt in units:
+            report.unit(receipt)
+
+    def poll() -> None:
+        while not stop.wait(POLL_SECONDS):
+            with contextlib.suppress(ray.exceptions.RayError):
+                show()
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield tally
+    finally:
+        stop.set()
+        thread.join()
+        with contextlib.suppress(ray.exceptions.RayError):
+            show()
+
+
+def _outcomes(counts: Counts) -> dict[str, int]:
+    return {
+        "kept": counts.kept,
+        "rejected": sum(counts.rejected.values()),
+        "failed": sum(counts.failed.values()),
+    }
+
+
+def _receipt(values: dict[str, Any]) -> Receipt:
+    return Receipt(**{**values, "counts": Counts(**values["counts"])})
+
+
+def _quiet() -> None:
+    """Ray's own bars and banners off: progress is drawn from what workers settle."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _python_path(base: Path) -> str:
+    return os.pathsep.join(filter(None, (str(base), os.environ.get("PYTHONPATH"))))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,175 @@
+"""Events of a run, and how a person sees them. Runners call a Reporter and never print.
+
+Everything here goes to stderr: stdout is for data.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TextIO
+
+from manifests.store import Counts
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from pipeline.plan import StagePlan
+    from pipeline.unit import Receipt
+
+# How often the plain report writes a line for a stage that is at work.
+PLAIN_SECONDS = 5.0
+
+
+class Reporter:
+    """Hears of everything and says nothing; the console reporters derive from it."""
+
+    def start(self, stages: Mapping[str, StagePlan]) -> None:
+        """A run over these stages begins."""
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        """Rows were settled (not yet committed)."""
+
+    def unit(self, receipt: Receipt) -> None:
+        """A unit is through a stage, or raised in it."""
+
+    def note(self, text: str) -> None:
+        """Something a person wants to know: the dashboard's URL, a warning."""
+
+    def end(self) -> None:
+        """The run is over, however it ended."""
+
+
+def console(stream: TextIO | None = None) -> Reporter:
+    """Live lines on a terminal, plain lines elsewhere."""
+    stream = stream or sys.stderr
+    return LiveReporter(stream) if stream.isatty() else PlainReporter(stream)
+
+
+def describe(counts: Counts) -> str:
+    """`31 kept, 4 rejected, 1 failed`"""
+    rejected, failed = sum(counts.rejected.values()), sum(counts.failed.values())
+    return f"{counts.kept} kept, {rejected} rejected, {failed} failed"
+
+
+class PlainReporter(Reporter):
+    """One line a stage when it begins, every few seconds while it works, and at its end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._stages: dict[str, StagePlan] = {}
+        self._done: dict[str, Counts] = {}
+        self._began: dict[str, float] = {}
+        self._said: dict[str, float] = {}
+        self._units: dict[str, int] = {}
+
+    def start(self, stages: Mapping[str, StagePlan]) -> None:
+        self._stages = dict(stages)
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._began.setdefault(stage, now)
+            done = self._done.setdefault(stage, Counts())
+            done += counts
+            if now - self._said.setdefault(stage, now) >= PLAIN_SECONDS:
+                self._said[stage] = now
+                self._line(stage, now)
+
+    def unit(self, receipt: Receipt) -> None:
+        with self._lock:
+            units = self._units[receipt.stage] = self._units.get(receipt.stage, 0) + 1
+            plan = self._stages.get(receipt.stage)
+            if receipt.error:
+                self._write(f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}")
+            if plan and units == len(plan.units) and receipt.stage in self._done:
+                self._line(receipt.stage, time.monotonic())
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._write(text)
+
+    def _line(self, stage: str, now: float) -> None:
+        done = self._done[stage]
+        seconds = max(1e-9, now - self._began[stage])
+        plan = self._stages.get(stage)
+        total = f" of {max(plan.todo, done.total)}" if plan and plan.todo else ""
+        rate = f", {done.total / seconds:.1f} rows/s" if seconds > 0.5 else ""
+        self._write(f"{stage}: {done.total}{total} rows: {describe(done)}{rate}")
+
+    def _write(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class LiveReporter(Reporter):
+    """One live line a stage: a bar, kept/rejected/failed, rows/s, time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+
+        self._console = Console(file=stream)
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._plans: dict[str, StagePlan] = {}
+        self._done: dict[str, Counts] = {}
+        self._lock = threading.Lock()
+
+    def start(self, stages: Mapping[str, StagePlan]) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._plans = dict(stages)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[outcomes]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            refresh_per_second=4,
+        )
+        for name, plan in stages.items():
+            if plan.units:
+                self._tasks[name] = self._progress.add_task(
+                    name, total=plan.todo or None, start=False, outcomes="", rate=""
+                )
+        self._progress.start()
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        if self._progress is None or stage not in self._tasks:
+            return
+        with self._lock:
+            done = self._done.setdefault(stage, Counts())
+            done += counts
+            task = self._tasks[stage]
+            if done.total == counts.total:
+                self._progress.start_task(task)
+            known = self._progress.tasks[self._progress.task_ids.index(task)]
+            elapsed = max(1e-9, known.elapsed or 0.0)
+            self._progress.update(
+                task,
+                completed=done.total,
+                total=max(self._plans[stage].todo, done.total),
+                outcomes=describe(done),
+                rate=f"{done.total / elapsed:.1f} rows/s" if elapsed > 0.5 else "",
+            )
+
+    def unit(self, receipt: Receipt) -> None:
+        if receipt.error:
+            self.note(f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}")
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

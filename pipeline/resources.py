@@ -1,0 +1,162 @@
+"""Workers for stages: what a machine or cluster offers, what each stage takes, what fits together.
+
+A run that can't start must say so before it starts: Ray waits silently for resources that will
+never come.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError, RunSettings
+from stages.base import Stage
+
+AnyStage = Stage[Any, Any]
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What there is to run on."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Workers:
+    """One stage's share: `count` processes of `cpus` cores and `gpus` GPUs each."""
+
+    count: int
+    cpus: float
+    gpus: float
+    memory: int
+    actor: bool  # keeps a model loaded between units, and so holds its resources
+
+    @property
+    def held(self) -> tuple[float, float]:
+        """CPUs and GPUs held for as long as the stage may get a unit."""
+        return (self.count * self.cpus, self.count * self.gpus) if self.actor else (0.0, 0.0)
+
+
+def share(stage: AnyStage, offer: Offer, units: int) -> Workers:
+    """How many workers a stage gets, if it has the whole offer. Raises ConfigError."""
+    asked = stage.resources
+    gpus = asked.gpus
+    if stage.settings.gpus is None and stage.accelerated and offer.gpus >= 1:
+        gpus = 1.0
+    for kind, per_worker, there in (("cpus", asked.cpus, offer.cpus), ("gpus", gpus, offer.gpus)):
+        if per_worker > there:
+            raise ConfigError(
+                f"{stage.name}: one worker takes {per_worker:g} {kind} and there are {there:g}: "
+                f"set {stage.name}.{kind} lower, or run on a larger machine with --address"
+            )
+    fits = int(offer.gpus // gpus) if gpus else int(offer.cpus // asked.cpus)
+    count = asked.workers or max(1, min(fits, units))
+    if asked.workers and stage.loads_model and asked.workers > fits:
+        kind, per_worker, there = (
+            ("gpus", gpus, offer.gpus) if gpus else ("cpus", asked.cpus, offer.cpus)
+        )
+        raise ConfigError(
+            f"{stage.name}: {asked.workers} workers of {per_worker:g} {kind} don't fit in "
+            f"{there:g} {kind}: lower {stage.name}.workers or {stage.name}.{kind}"
+        )
+    return Workers(count, asked.cpus, gpus, asked.memory, stage.loads_model)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Stages that run chained: a unit goes on to the next as soon as one has committed it."""
+
+    stages: tuple[str, ...]
+    why: str
+
+
+def passes(
+    workers: Mapping[str, Workers], offer: Offer, mode: str, stages: Sequence[str]
+) -> list[Pass]:
+    """Cuts the stages, in order, into passes.
+
+    `auto` chains as long as all workers that hold a model fit side by side, with a CPU left for
+    the stages that hold none. Models of two GPU stages never share a GPU.
+    """
+    if mode == "staged":
+        return [Pass((name,), "run.mode is staged") for name in stages]
+    done: list[Pass] = []
+    chain: list[str] = []
+    cpus = gpus = 0.0
+    why = "all stages fit side by side"
+    for name in stages:
+        own_cpus, own_gpus = workers[name].held
+        spare = 0.0 if all(workers[n].actor for n in (*chain, name)) else 1.0
+        over = [
+            kind
+            for kind, sum_, there in (
+                ("CPUs", cpus + own_cpus + spare, offer.cpus),
+                ("GPUs", gpus + own_gpus, offer.gpus),
+            )
+            if sum_ > there
+        ]
+        if chain and over and workers[name].actor and mode == "auto":
+            why = f"{name} and {' and '.join(n for n in chain if workers[n].actor) or chain[-1]}"
+            why += f" together would take more {' and '.join(over)} than the {offer.cpus:g} CPUs"
+            why += f" and {offer.gpus:g} GPUs there are"
+            done.append(Pass(tuple(chain), why))
+            chain, cpus, gpus = [], 0.0, 0.0
+        chain.append(name)
+        cpus, gpus = cpus + own_cpus, gpus + own_gpus
+    done.append(Pass(tuple(chain), why if done else "all stages fit side by side"))
+    return done
+
+
+def check_workdir(workdir: str) -> None:
+    """Raises ConfigError where the workdir can't be written. Remote ones are found out on use."""
+    if "://" in workdir:
+        return
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"workdir {workdir} can't be written: {error.strerror}. Name another with "
+            "`--set workdir=...`."
+        ) from error
+
+
+def free_space(workdir: str) -> int | None:
+    """Free bytes where a local workdir lies."""
+    return None if "://" in workdir else shutil.disk_usage(workdir).free
+
+
+def shared_memory() -> int | None:
+    """Bytes of /dev/shm, which Ray's object store wants; None where there is none."""
+    try:
+        stat = os.statvfs("/dev/shm")  # noqa: S108  the kernel's, not a temporary file
+    except OSError:
+        return None
+    return stat.f_frsize * stat.f_blocks
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_gpus(run: RunSettings, there: float) -> float:
+    """The GPUs to use. Raises ConfigError where more are asked for than there are."""
+    if run.gpus is None:
+        return there
+    if run.gpus > there:
+        raise ConfigError(
+            f"--gpus {run.gpus}: this {'cluster' if run.address else 'machine'} has {there:g}. "
+            "Leave --gpus out to use what there is."
+        )
+    return float(run.gpus)

@@ -1,0 +1,93 @@
+"""`vidpipe run`: scan the source, plan, run what is pending, account for it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from manifests.intake import Scan, scan
+from manifests.store import Counts
+from pipeline import index, local
+from pipeline.config import ConfigError
+from pipeline.dag import Pipeline
+from pipeline.plan import Plan, plan, status
+from pipeline.report import Reporter
+from pipeline.resources import check_workdir, free_space
+from pipeline.unit import Receipt, Retry
+
+LOW_SPACE = 2 << 30
+
+
+@dataclass
+class Result:
+    """What a run came to. `faults` are units that raised: their rows are pending."""
+
+    scan: Scan
+    stages: list[str]
+    ran: bool
+    status: dict[str, Counts]
+    faults: list[Receipt] = field(default_factory=list)
+
+
+def prepare(
+    pipeline: Pipeline, names: Sequence[str], retry: Retry, report: Reporter
+) -> tuple[Scan, list[str], Plan]:
+    """Everything that can go wrong before work begins: columns, models, source, workdir.
+
+    Raises ConfigError, SourceError or StoreError.
+    """
+    stages = pipeline.upstream(names)
+    check_workdir(pipeline.config.workdir)
+    pipeline.bind(stages)
+    done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size)
+    if done.new or done.changed or done.gone:
+        gone = f", {done.gone} gone" if done.gone else ""
+        changed = f", {done.changed} changed" if done.changed else ""
+        report.note(f"source: {done.rows} rows, {done.new} new{changed}{gone}")
+    return done, stages, plan(pipeline, stages, _checked(pipeline, stages, retry))
+
+
+def run(
+    pipeline: Pipeline, names: Sequence[str], retry: Retry, report: Reporter, explain: bool = False
+) -> Result:
+    """Brings `names` (all stages for none) and what they need up to date.
+
+    Raises ConfigError, SourceError, StoreError or a runner's error.
+    """
+    done, stages, todo = prepare(pipeline, names, retry, report)
+    if todo.empty:
+        index.refresh(pipeline)
+        return Result(done, stages, False, status(pipeline))
+    free = free_space(pipeline.config.workdir)
+    if free is not None and free < LOW_SPACE:
+        report.note(
+            f"warning: {free / (1 << 30):.1f} GiB free in {pipeline.config.workdir}; "
+            "a full disk ends the run (what is committed stays)"
+        )
+    report.start(todo.stages)
+    try:
+        if pipeline.config.run.runner == "local":
+            faults = local.run(pipeline, stages, todo, retry, report)
+        else:
+            from pipeline import ray_data  # takes seconds to import
+
+            faults = ray_data.run(pipeline, stages, todo, retry, report, explain)
+    finally:
+        report.end()
+    index.refresh(pipeline)
+    return Result(done, stages, True, status(pipeline), faults)
+
+
+def _checked(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> Retry:
+    """Raises ConfigError for a failure class that no row has: a typo would retry nothing."""
+    if not retry.classes:
+        return retry
+    totals = status(pipeline)
+    known = {reason for name in stages for reason in totals[name].failed}
+    for name in sorted(retry.classes - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        there = ", ".join(sorted(known)) or "none"
+        raise ConfigError(f"--retry-failed {name}: no failed row has that class.{hint} ({there})")
+    return retry

@@ -1,0 +1,90 @@
+"""`vidpipe train` and `vidpipe sample`: they hand over to the trainer, a process of its own.
+
+The trainer knows nothing of the pipeline: it gets an index, a folder and its own settings as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from manifests.shards import Index
+from pipeline import index
+from pipeline.config import ConfigError
+from pipeline.dag import Pipeline
+from pipeline.plan import status
+from pipeline.report import describe
+
+
+def settings(
+    pipeline: Pipeline, steps: int | None = None, output: str | None = None
+) -> dict[str, Any]:
+    """The trainer's settings: the section `train`, and what the pipeline knows."""
+    sampling = pipeline.config.sampling
+    expect = {
+        "fps": sampling.fps,
+        "frames": sampling.frames,
+        "height": sampling.height,
+        "width": sampling.width,
+    }
+    chosen: dict[str, Any] = {"expect": expect, **pipeline.config.train}
+    chosen["index"] = index.path(pipeline)
+    chosen["output"] = output or chosen.get("output") or f"{pipeline.config.workdir}/train"
+    if steps is not None:
+        chosen["steps"] = steps
+    return chosen
+
+
+def train(pipeline: Pipeline, steps: int | None = None, output: str | None = None) -> int:
+    """Brings the index up to date and trains on it; returns the trainer's exit code.
+
+    Raises ConfigError where no clip is ready.
+    """
+    index.refresh(pipeline)
+    if not pipeline.store.find(index.INDEX_NAME):
+        raise ConfigError(_nothing_ready(pipeline))
+    chosen = settings(pipeline, steps, output)
+    folder = Path(chosen["output"])
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    file.write_text(json.dumps(chosen, indent=1))
+    clips = Index.open(chosen["index"]).table.num_rows
+    print(f"training on {clips} clips, output in {folder}", file=sys.stderr)
+    return _call("trainer.train", "--config", str(file))
+
+
+def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | None = None) -> int:
+    """Samples `prompts` with a checkpoint (default: the last one) to a GIF, mp4 or PNG."""
+    from stages.models import resolve
+
+    encode = pipeline.stages["encode"].settings
+    folder = resolve(encode.vae, encode.revision, encode.subfolder)
+    place = checkpoint or settings(pipeline)["output"]
+    named = [part for prompt in prompts for part in ("--prompt", prompt)]
+    return _call("trainer.sample", "--checkpoint", place, "--vae", folder, "--out", out, *named)
+
+
+def _call(module: str, *arguments: str) -> int:
+    """Runs a module of the trainer to its end. Ctrl-C reaches it too: it saves, and we wait."""
+    with subprocess.Popen([sys.executable, "-m", module, *arguments]) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+
+
+def _nothing_ready(pipeline: Pipeline) -> str:
+    totals = status(pipeline)
+    wanted = ["encode", *(["recaption"] if index.caption_column(pipeline) == "recaption" else [])]
+    lines = [f"{name}: {describe(totals[name])}, {totals[name].pending} pending" for name in wanted]
+    advice = "`vidpipe run` first, then `vidpipe status` tells why clips were lost"
+    if totals["encode"].kept and "recaption" in wanted:
+        advice = (
+            "clips without a caption to rewrite can be trained on without one: "
+            "`--set recaption.enabled=false`"
+        )
+    return f"no clip is ready to train on ({'; '.join(lines)}): {advice}"

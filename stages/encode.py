@@ -1,0 +1,160 @@
+"""encode: frames by presentation time, then the VAE; moments into the shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from manifests.shards import LATENTS, LatentSpec
+from stages.base import Failed, Outcome, Rejected, Resources, Row, Speed, Stage, StageSettings
+from stages.frames import Clip, TooShort, VideoError, local_path, read_clip
+from stages.models import check, model_identity, resolve
+from stages.vaes import Vae, shape_of
+
+if TYPE_CHECKING:
+    import torch
+
+# Decoded clips that wait for the VAE, beside the batch that it has: bounds a worker's memory.
+CLIPS_AHEAD = 4
+
+
+class EncodeSettings(StageSettings):
+    vae: str = Field("demo://vae", description="diffusers folder, hub id or demo://vae")
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
+    subfolder: str | None = Field(None, description="of the folder or hub id, often `vae`")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the VAE and of the latents as stored"
+    )
+    moments: bool = Field(True, description="keep mean and log-variance; false: the mean alone")
+    device: Speed[str] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    pictures: Speed[int] = Field(
+        64, ge=1, description="frames that go through a picture VAE at once"
+    )
+    threads: Speed[int] = Field(1, ge=1, description="decoding threads beside the VAE")
+
+
+class Encode(Stage[EncodeSettings, Vae]):
+    """Latents of each clip (`manifests.shards.LATENTS`), batched across clips."""
+
+    name = "encode"
+    Settings = EncodeSettings
+    reads = ("content", "start", "end")
+    carries = ("path",)
+    adds = LATENTS
+    after = ("filter",)
+    default_batch = 1
+    default_resources = Resources(cpus=1)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows given to process: several batches, so that decoding runs ahead of the VAE."""
+        return max(16, 4 * self._vae_batch)
+
+    @property
+    def _vae_batch(self) -> int:
+        return self.settings.batch_size or self.default_batch
+
+    @property
+    def accelerated(self) -> bool:
+        return self.settings.device in ("auto", "cuda")
+
+    def identity(self) -> dict[str, Any]:
+        model = model_identity(self.settings.vae, self.settings.revision, self.settings.subfolder)
+        sampling = self.context.sampling.model_dump(mode="json")
+        return {**super().identity(), "model": model, "sampling": sampling}
+
+    def check(self) -> None:
+        s = self.settings
+        check(s.vae)
+        sampling = self.context.sampling
+        folder = resolve(s.vae, s.revision, s.subfolder)
+        shape_of(folder).check(sampling.frames, sampling.height, sampling.width)
+
+    def setup(self) -> Vae:
+        import torch
+
+        s = self.settings
+        device = s.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return Vae(resolve(s.vae, s.revision, s.subfolder), s.dtype, device)
+
+    def metadata(self, model: Vae) -> dict[str, Any]:
+        spec = LatentSpec(
+            vae=self.settings.vae,
+            vae_class=model.shape.class_name,
+            vae_sha256=self.identity()["model"].get("sha256", ""),
+            fingerprint=self.fingerprint,
+            moments=self.settings.moments and model.family.posterior,
+            channels=model.channels,
+            temporal=model.shape.temporal,
+            spatial=model.shape.spatial,
+            shift=model.shift,
+            scale=model.scale,
+            sampling=self.context.sampling.model_dump(mode="json"),
+            constants=model.constants(),
+        )
+        return {"spec": spec.to_json()}
+
+    def process(self, rows: list[Row], model: Vae) -> list[Outcome]:
+        outcomes: list[Outcome | None] = [None] * len(rows)
+        ready: list[tuple[int, Clip]] = []
+        for i, clip in enumerate(self._decoded(rows)):
+            if isinstance(clip, Rejected | Failed):
+                outcomes[i] = clip
+                continue
+            ready.append((i, clip))
+            if len(ready) == self._vae_batch:
+                self._encode(ready, model, outcomes)
+                ready = []
+        if ready:
+            self._encode(ready, model, outcomes)
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _decoded(self, rows: Sequence[Row]) -> Iterator[Clip | Rejected | Failed]:
+        """The rows' frames in order, decoded by threads a few clips ahead of who takes them."""
+        with ThreadPoolExecutor(self.settings.threads) as pool:
+            waiting = iter(rows)
+            futures = [
+                pool.submit(self._read, r) for r in islice(waiting, CLIPS_AHEAD + self._vae_batch)
+            ]
+            while futures:
+                yield futures.pop(0).result()
+                futures += [pool.submit(self._read, row) for row in islice(waiting, 1)]
+
+    def _read(self, row: Row) -> Clip | Rejected | Failed:
+        path = local_path(row["path"], self.context)
+        try:
+            return read_clip(path, self.context.sampling, row["start"], row["end"])
+        except TooShort as error:
+            return Rejected("too_short", str(error))
+        except VideoError as error:
+            return Failed(error.error, str(error))
+
+    def _encode(
+        self, ready: list[tuple[int, Clip]], model: Vae, outcomes: list[Outcome | None]
+    ) -> None:
+        import numpy as np
+        import torch
+
+        frames = torch.from_numpy(np.stack([clip.frames for _, clip in ready]))
+        moments = self.settings.moments
+        latents = model.encode(frames, self.settings.pictures, moments).cpu()
+        for (i, clip), one in zip(ready, latents, strict=True):
+            outcomes[i] = {
+                "latents": raw_bytes(one),
+                "latents_shape": list(one.shape),
+                "latents_dtype": str(one.dtype).removeprefix("torch."),
+                "frame_times": [float(t) for t in clip.times],
+            }
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The values in C order, little-endian; numpy has no bfloat16, so they pass as uint8."""
+    import torch
+
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
