@@ -1,0 +1,243 @@
+"""One unit through stages: what is pending, what is committed, and that the account adds up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from toys import Echo, Length, Limit, Shout, Words, pipeline
+
+from manifests.intake import scan
+from manifests.store import Counts
+from pipeline import plan as planning
+from pipeline import query, unit
+from pipeline.dag import Pipeline
+from pipeline.report import Reporter
+from pipeline.run import run
+from pipeline.unit import Retry, run_unit
+from stages.base import Outcome, Row
+
+CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
+
+
+class Heard(Reporter):
+    """Remembers how many rows each stage settled."""
+
+    def __init__(self) -> None:
+        self.settled: dict[str, int] = {}
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        self.settled[stage] = self.settled.get(stage, 0) + counts.total
+
+
+def go(made: Pipeline, *names: str, retry: Retry = Retry()) -> tuple[Heard, dict[str, Counts]]:
+    heard = Heard()
+    result = run(made, names, retry, heard)
+    assert not result.faults, result.faults[0].trace
+    for name, counts in result.status.items():
+        sums = sum(counts.rejected.values()) + sum(counts.failed.values())
+        assert counts.total == counts.kept + sums + counts.pending, name
+    return heard, result.status
+
+
+def rows(made: Pipeline, stage: str) -> list[dict[str, Any]]:
+    return sorted(query.select(made, stage).to_pylist(), key=lambda row: row["uri"])
+
+
+def test_every_row_is_accounted_for(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    heard, status = go(made)
+    assert heard.settled == {"length": 6, "limit": 3, "shout": 2}
+    assert status["length"] == Counts(6, 3, {"empty": 2}, {"bad_caption": 1})
+    assert status["limit"] == Counts(3, 2, {"too_long": 1})
+    assert status["shout"] == Counts(2, 2)
+    table = rows(made, "shout")
+    assert [row["outcome"] for row in table] == [
+        "kept", "rejected", "failed", "rejected", "kept", "rejected",
+    ]  # fmt: skip
+    assert [row["stage"] for row in table] == [
+        "shout", "length", "length", "limit", "shout", "length",
+    ]  # fmt: skip
+    assert [row["loud"] for row in table] == ["A RED CAT!", None, None, None, "DOG!", None]
+    assert table[2]["message"] == "the caption says bad"
+    assert "blob" not in table[0], "payload must stay out of views"
+
+
+def test_a_second_run_does_nothing(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    go(made)
+    before = made.store.find("")
+    heard, _ = go(made)
+    assert heard.settled == {}
+    assert made.store.find("") == before
+
+
+def test_a_gate_decides_who_goes_on_and_never_what_is_computed(tmp_path: Path) -> None:
+    go(pipeline(tmp_path, CAPTIONS))
+    heard, status = go(pipeline(tmp_path, CAPTIONS, settings={"limit": {"most": 9}}))
+    assert heard.settled == {"limit": 3, "shout": 1}, "only the clip that the gate lets in anew"
+    assert status["shout"].kept == 3
+    heard, status = go(pipeline(tmp_path, CAPTIONS, settings={"limit": {"most": 1}}))
+    assert heard.settled == {"limit": 3}
+    assert status["shout"] == Counts(1, 1)
+    heard, _ = go(pipeline(tmp_path, CAPTIONS))
+    assert heard.settled == {}, "back at the old threshold, everything is there already"
+
+
+def test_settings_that_matter_recompute_and_those_for_speed_do_not(tmp_path: Path) -> None:
+    go(pipeline(tmp_path, CAPTIONS))
+    fast = {"length": {"noise": 5, "batch_size": 1, "workers": 7}}
+    assert go(pipeline(tmp_path, CAPTIONS, settings=fast))[0].settled == {}
+    heard, _ = go(pipeline(tmp_path, CAPTIONS, settings={"length": {"factor": 2}}))
+    # Six words of the first are too many now, two of the last still pass: nothing new to shout.
+    assert heard.settled == {"length": 6, "limit": 3}
+    heard, _ = go(pipeline(tmp_path, CAPTIONS, settings={"shout": {"mark": "?"}}))
+    assert heard.settled == {"shout": 2}
+
+
+def test_new_changed_and_gone_rows_cost_only_themselves(tmp_path: Path) -> None:
+    go(pipeline(tmp_path, CAPTIONS))
+    heard, status = go(pipeline(tmp_path, [*CAPTIONS, "new one", "new two"]))
+    assert heard.settled == {"length": 2, "limit": 2, "shout": 2}
+    assert status["source"].total == 8
+    heard, status = go(pipeline(tmp_path, ["a blue cat", *CAPTIONS[1:]]))
+    # As many words as before: what the gate reads of the clip has not changed.
+    assert heard.settled == {"length": 1, "shout": 1}
+    assert status["source"].total == 6 and status["shout"].total == 2
+    heard, status = go(pipeline(tmp_path, CAPTIONS))
+    assert heard.settled == {}, "what came back is what it was"
+    assert status["shout"].total == 2
+
+
+def test_batch_size_changes_nothing_but_speed(tmp_path: Path) -> None:
+    tables = []
+    for size in (1, 8):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        made = pipeline(folder, CAPTIONS * 3, settings={"length": {"batch_size": size}})
+        go(made)
+        tables.append(query.select(made, None))
+    assert tables[0].equals(tables[1])
+
+
+def test_failed_rows_are_tried_again_on_request(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    go(made)
+    assert go(made)[0].settled == {}
+    heard, status = go(made, retry=Retry(True))
+    assert heard.settled == {"length": 1}
+    assert status["length"].failed == {"bad_caption": 1}
+    heard, _ = go(made, retry=Retry(True, frozenset({"bad_caption"})))
+    assert heard.settled == {"length": 1}
+    view = next(v for v in planning.views(made) if "bad" in v.table.column("caption").to_pylist())
+    settled = view.settled("length")
+    assert settled.attempts[settled.outcome.index("failed")] == 3
+
+
+def test_an_exception_settles_nothing_and_is_told(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, ["crash", "fine words here"])
+    result = run(made, (), Retry(), Reporter())
+    assert [(r.stage, r.error) for r in result.faults] == [
+        ("length", "ZeroDivisionError: a fault of the stage")
+    ]
+    assert "toys.py" in (result.faults[0].trace or "")
+    assert result.status["length"] == Counts(2, 0, pending=2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ([], "gave 0 outcomes for 2 rows"),
+        ([{"words": 1}, {"words": 2}], "declares a column 'blob'"),
+        ([{"words": "many", "blob": b""}] * 2, "another type than declared"),
+        ([None, None], "gave a NoneType"),
+        ([[], []], "gave a list"),
+    ],
+)
+def test_a_stage_that_breaks_its_contract_is_told_apart(
+    tmp_path: Path, answer: list[Outcome], told: str
+) -> None:
+    class Broken(Length):
+        def process(self, rows: list[Row], model: None) -> list[Outcome]:
+            return answer
+
+    made = pipeline(tmp_path, ["a", "b"], [Broken])
+    result = run(made, (), Retry(), Reporter())
+    assert told in (result.faults[0].error or "")
+    assert result.status["length"].pending == 2
+
+
+def test_large_units_are_committed_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unit, "COMMIT_BYTES", 100)
+    made = pipeline(tmp_path, ["word"] * 9, [Length], {"length": {"batch_size": 2}})
+    made.config.run.model_copy()
+    scan(made.store, made.config.source, 9)
+    _, status = go(made)
+    assert status["length"] == Counts(9, 9)
+    log = made.dag.log(made.store, "length")
+    (only,) = log.units()
+    commits = log.commits(only)
+    assert [c.rows for c in commits] == [4, 4, 1]
+    assert [c.counts.pending for c in commits] == [5, 1, 0]
+
+
+def test_two_workers_on_one_unit_leave_each_row_once(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, ["a", "b", "c"], [Length])
+    scan(made.store, made.config.source)
+    (name,) = made.dag.log(made.store, "source").units()
+
+    class Meddled(Length):
+        """While it works, another worker settles the same unit."""
+
+        def process(self, rows: list[Row], model: None) -> list[Outcome]:
+            other = made.stages["length"]
+            run_unit(made.store, made.dag, other, other.setup, name)
+            return super().process(rows, model)
+
+    slow = Meddled(made.stages["length"].settings, made.stages["length"].context)
+    receipt = run_unit(made.store, made.dag, slow, slow.setup, name)
+    assert receipt.error is None
+    log = made.dag.log(made.store, "length")
+    commits = log.commits(name)
+    assert [c.rows for c in commits] == [3], "the loser's rows are dropped"
+    assert len([n for n in made.store.find(log.prefix) if n.endswith(".parquet")]) == 1
+    assert planning.status(made)["length"] == Counts(3, 3)
+
+
+def test_a_split_stays_in_its_unit_and_parts_flow_on(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, ["a red cat", "", "dog"], [Length, Words, Echo, Limit, Shout])
+    _, status = go(made)
+    assert status["words_of"] == Counts(2, 2), "its account is of what went in"
+    assert status["echo"] == Counts(4, 4)
+    assert status["shout"] == Counts(2, 2), "stages beside the split see whole clips"
+    table = [r for r in query.select(made, "echo").to_pylist() if r["outcome"] == "kept"]
+    assert sorted(r["echoed"] for r in table) == ["aa", "catcat", "dogdog", "redred"]
+    assert {r["loud"] for r in table if r["word"] in ("a", "red", "cat")} == {"A RED CAT!"}
+    assert len({r["clip_id"] for r in table}) == 4
+    assert go(made)[0].settled == {}
+
+
+def test_rows_without_uri_and_repeats_are_in_the_account(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, ["one", "two"])
+    table = tmp_path / "clips.jsonl"
+    first = table.read_text()
+    table.write_text(first + '{"path": "0.mp4", "text": "again"}\n{"path": "", "text": "none"}\n')
+    _, status = go(made)
+    assert status["source"] == Counts(4, 2, {"duplicate": 1, "no_uri": 1})
+    assert status["length"].total == 2
+    told = {r["reason"]: r["message"] for r in query.select(made, "length").to_pylist()}
+    assert "clips.jsonl:3 repeats the clip of " in told["duplicate"]
+    assert "clips.jsonl:4 names no video" in told["no_uri"]
+
+
+def test_the_view_keeps_types_of_empty_columns(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, ["", ""])
+    go(made)
+    table = query.select(made, "shout")
+    assert table.schema.field("words").type == pa.int64()
+    assert table.schema.field("loud").type == pa.string()
+    assert Limit.name in made.dag.ancestors[Shout.name]
