@@ -29,7 +29,7 @@ _OPENVID = {**_CANDIDATES, "uri": ("video", "path"), "caption": ("caption", "tex
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _SECONDS = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
-_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)", re.ASCII)
+_CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)", re.ASCII)
 
 
 class Columns(BaseModel):
@@ -183,7 +183,8 @@ def _no_column(
     )
     header = list(kinds)
     if len(header) == 1 and (found := re.search(r"[;\t|]", header[0])):
-        message += f" If {found[0]!r} separates the cells, set `delimiter: {found[0]!r}`."
+        sign = as_json(found[0])  # as YAML has it too
+        message += f" If {sign} separates the cells, set `delimiter: {sign}`."
     elif any(is_video(name) for name in header):
         message += " Line 1 looks like data: put a line with the columns' names before it."
     return SourceError(message)
@@ -233,9 +234,16 @@ def _misfit(record: Record, column: str, what: str) -> SourceError:
     return SourceError(f"{record.file.shown}:{record.line}: column {column!r}: {shown} {what}.")
 
 
+def _is_missing(value: Any) -> bool:
+    """pandas writes a missing value of any column as NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _text(record: Record, column: str, value: Any) -> str | None:
-    if value is None or isinstance(value, str):
+    if isinstance(value, str):
         return value
+    if _is_missing(value):
+        return None
     raise _misfit(record, column, "is no text. Name the right column under `columns`")
 
 
@@ -261,14 +269,14 @@ def _filled(pattern: str, columns: list[str]) -> Callable[[Record], str | None]:
 def _seconds(record: Record, column: str | None) -> float | None:
     """Raises SourceError where the value is neither a number nor a clock time."""
     value = record.values.get(column) if column is not None else None
-    if column is None or value is None or (isinstance(value, str) and not value.strip()):
+    if column is None or _is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str):
         if _SECONDS.fullmatch(value.strip()):
             value = float(value)
         elif clock := _CLOCK.fullmatch(value.strip()):
             value = int(clock[1] or 0) * 3600 + int(clock[2]) * 60 + float(clock[3])
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12:
         return float(value)
     raise _misfit(
         record,

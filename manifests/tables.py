@@ -14,6 +14,7 @@ import itertools
 import json
 import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def text_lines(
             f"{file.shown}:{number + 1}: this is not {encoding} text ({error}). "
             "Set `encoding` to what the file is in, or convert it to UTF-8."
         ) from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise unreadable(file, error, number) from error
 
 
@@ -191,7 +192,8 @@ def _not_text(file: File, line: int, column: int, bad: str, encoding: str) -> So
 
 def unreadable(file: File, error: Exception, line: int = 0) -> SourceError:
     at = f"{file.shown} can't be read" + (f" after line {line}" if line else "")
-    return SourceError(f"{at}: {error}. Is it complete, and may this user read it?")
+    what = str(error).strip().rstrip(".")
+    return SourceError(f"{at}: {what}. Is it complete, and may this user read it?")
 
 
 class CsvTable:
@@ -314,8 +316,8 @@ def _parquet(file: File) -> Iterator[pq.ParquetFile]:
             yield parquet
     except pa.ArrowInvalid as error:
         raise SourceError(
-            f"{file.shown} is not a whole Parquet file: {error}. Copy it again, or set `kind` to "
-            "what it is."
+            f"{file.shown} is not a whole Parquet file: {str(error).strip().rstrip('.')}. Copy it "
+            "again, or set `kind` to what it is."
         ) from error
     except OSError as error:
         raise unreadable(file, error) from error
