@@ -45,7 +45,7 @@ def examine(file: str, overrides: tuple[str, ...]) -> Iterator[Check]:
     shm = shared_memory()
     if shm is not None:
         hint = "" if shm > SMALL_SHM else ": start the container with --shm-size=2g"
-        yield Check("/dev/shm", shm > SMALL_SHM, f"{shm / GIB:.2f} GiB{hint}")
+        yield Check("shared memory", shm > SMALL_SHM, f"{shm / GIB:.2f} GiB{hint}")
     if not Path(file).exists():
         yield Check("configuration", True, f"no {file} here; `vidpipe init` writes one")
         return

@@ -89,10 +89,7 @@ def select(
             raise ConfigError(
                 f"there is no column {column!r}.{hint} Columns: {', '.join(view.column_names)}."
             )
-    if columns:
-        wanted = ", ".join(f'"{column}"' for column in columns)
-    else:
-        wanted = "*"
+    wanted = ", ".join(f'"{column}"' for column in columns) or "*"
     query = f"SELECT {wanted} FROM manifest"  # noqa: S608  columns are checked, files out of reach
     if where:
         query += f" WHERE {where}"

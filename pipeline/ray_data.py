@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +50,8 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
 
     Yields what it offers. Raises ConfigError where more GPUs are asked for than there are.
     """
+    # The C++ side of the driver writes its messages straight to stderr, amid the progress.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     private: dict[str, Any] = {
         "address": "local",
@@ -57,13 +60,14 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
         "include_dashboard": True,
     }
     try:
-        context = ray.init(
-            **(private if run.address is None else {"address": run.address}),
-            # Stages of the user's own are modules beside vidpipe.yaml.
-            runtime_env={"env_vars": {"PYTHONPATH": _python_path(base)}},
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _muted_stderr():
+            context = ray.init(
+                **(private if run.address is None else {"address": run.address}),
+                # Stages of the user's own are modules beside vidpipe.yaml.
+                runtime_env={"env_vars": {"PYTHONPATH": _python_path(base)}},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, RuntimeError) as error:
         where = run.address or "this machine"
         raise RunError(f"Ray can't be started on {where}: {error}") from error
@@ -136,19 +140,21 @@ def _run_wave(
     for name in part.stages:
         stage, share_ = pipeline.stages[name], workers[name]
         kind = _actor if share_.actor else _task
-        options: dict[str, Any] = {"memory": share_.memory} if share_.memory else {}
-        options |= (
+        limits = (
             {"max_restarts": WORKER_RESTARTS, "max_task_retries": TASK_RETRIES}
             if share_.actor
             else {"max_retries": TASK_RETRIES}
         )
-        dataset = dataset.map_batches(
+        dataset = _map_batches(
+            dataset,
             kind(pipeline.store, pipeline.dag, stage, retry, tally),
             batch_size=None,
             compute=(ActorPoolStrategy if share_.actor else TaskPoolStrategy)(size=share_.count),
             num_cpus=share_.cpus,
             num_gpus=share_.gpus,
-            **options,
+            memory=share_.memory or None,
+            # Ray's own defaults try for ever: a clip that kills its decoder would loop.
+            **limits,
         )
     faults: list[Receipt] = []
     try:
@@ -161,6 +167,13 @@ def _run_wave(
             f"{_first_line(error)}. What was committed is kept: `vidpipe run` goes on from there."
         ) from error
     return faults
+
+
+def _map_batches(dataset: ray.data.Dataset, worker: Any, **options: Any) -> ray.data.Dataset:
+    with warnings.catch_warnings():
+        # The limits on retries have no named parameters yet; Ray warns that they will get some.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        return dataset.map_batches(worker, **options)
 
 
 def _step(
@@ -281,6 +294,19 @@ def _quiet() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Drops what C++ code writes to file descriptor 2: Ray announces its own log level there."""
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _python_path(base: Path) -> str:

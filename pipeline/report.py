@@ -5,6 +5,7 @@ Everything here goes to stderr: stdout is for data.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -87,6 +88,7 @@ class PlainReporter(Reporter):
                 self._write(f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}")
             if plan and units == len(plan.units) and receipt.stage in self._done:
                 self._line(receipt.stage, time.monotonic())
+                self._said[receipt.stage] = math.inf  # that was its last line
 
     def note(self, text: str) -> None:
         with self._lock:

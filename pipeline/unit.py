@@ -186,7 +186,7 @@ def _commit(
         view = UnitView(view.store, view.dag, view.unit)
         settled = view.settled(name)
         rows = view.reached(name)
-        ids = view.inputs(name, rows, []).column("clip_id").to_pylist()
+        ids = view.ids(name, rows)
         tried = {(clip, settled.key[i]): settled.attempts[i] for clip, i in zip(ids, rows)}
         records = [r for r in records if tried.get(_input(r), 0) < r["attempts"]]
         if not records and view.current(name) is not None:
@@ -202,9 +202,8 @@ def _account(view: UnitView, name: str, records: Sequence[Row]) -> Counts:
     settled = view.settled(name)
     new = {_input(r): (r["outcome"], r.get("reason")) for r in records}
     rows = view.reached(name)
-    ids = view.inputs(name, rows, []).column("clip_id").to_pylist()
     counts = Counts()
-    for clip, i in zip(ids, rows):
+    for clip, i in zip(view.ids(name, rows), rows):
         known = (settled.outcome[i], settled.reason[i])
         counts.add(*new.get((clip, settled.key[i] or ""), known))
     return counts
