@@ -141,6 +141,12 @@ def _rows(source: Iterable[SourceRow], seen: set[str]) -> Iterator[dict[str, Any
         if not source_row.uri:
             outcome, reason = REJECTED, "no_uri"
             message = f"{source_row.origin} names no video"
+        elif not _is_section(source_row.start, source_row.end):
+            outcome, reason = REJECTED, "bad_section"
+            message = (
+                f"{source_row.origin} asks for {source_row.start} s to {source_row.end} s: "
+                "a section begins at 0 or later and ends after it begins"
+            )
         elif own in first:
             outcome, reason = REJECTED, "duplicate"
             message = f"{source_row.origin} repeats the clip of {first[own]}"
@@ -154,6 +160,11 @@ def _rows(source: Iterable[SourceRow], seen: set[str]) -> Iterator[dict[str, Any
         seen.add(unique)
         values |= {"clip_id": unique, "origin": source_row.origin}
         yield _settled(values, key, outcome, reason, message)
+
+
+def _is_section(start: float | None, end: float | None) -> bool:
+    begin = start or 0.0
+    return begin >= 0 and (end is None or end > begin)
 
 
 def _settled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,14 @@ def test_rows_without_uri_and_repeats_are_in_the_account(tmp_path: Path) -> None
     told = {r["reason"]: r["message"] for r in query.select(made, "length").to_pylist()}
     assert "clips.jsonl:3 repeats the clip of " in told["duplicate"]
     assert "clips.jsonl:4 names no video" in told["no_uri"]
+
+
+def test_a_section_that_is_none_is_rejected(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, ["one"])
+    rows = [{"path": "a.mp4", "text": "x", "start": s, "end": e} for s, e in ((3, 2), (-1, None))]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, status = go(made)
+    assert status["source"] == Counts(2, 0, {"bad_section": 2})
 
 
 def test_the_view_keeps_types_of_empty_columns(tmp_path: Path) -> None:

@@ -137,11 +137,8 @@ def pipeline(
     source = SourceSettings(kind="jsonl", path=str(table))
     context = Context(str(folder / "work"), str(folder), Sampling())
     made = {
-        cls.name: cls(cls.Settings(**(settings or {}).get(cls.name, {})), context)
-        for cls in stages
+        cls.name: cls(cls.Settings(**(settings or {}).get(cls.name, {})), context) for cls in stages
     }
     run_settings = RunSettings(**{"runner": "local", **(run or {})})
     file = str(folder / "vidpipe.yaml")
-    return build(
-        Config(file, context.workdir, source, context.sampling, run_settings, {}, made)
-    )
+    return build(Config(file, context.workdir, source, context.sampling, run_settings, {}, made))
