@@ -187,9 +187,10 @@ def _validate(
         key = ".".join(str(part) for part in loc if not _is_branch(part, lines, where))
         at = _at(file, lines, loc)
         if first["type"] == "extra_forbidden":
-            names = known or list(_fields_at(model, first["loc"]))
+            nested = len(first["loc"]) > 1 or known is None
+            names = _fields_at(model, first["loc"]) if nested else list(known or ())
             near = difflib.get_close_matches(str(loc[-1]), names, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
+            hint = f"; did you mean `{near[0]}`?" if near else "."
             raise ConfigError(
                 f"{at}unknown key `{key}`{hint} Allowed here: {', '.join(sorted(names))}."
             ) from error

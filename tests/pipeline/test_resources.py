@@ -1,0 +1,85 @@
+"""Workers and passes: what fits is started, what does not is said before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import Length, Limit, Shout, pipeline
+
+from pipeline.config import ConfigError, RunSettings
+from pipeline.resources import Offer, Workers, check_workdir, passes, share, usable_gpus
+from stages.base import Stage
+
+
+class OnGpu(Shout):
+    @property
+    def accelerated(self) -> bool:
+        return True
+
+
+def stage(folder: Path, cls: type[Stage[Any, Any]], **settings: Any) -> Stage[Any, Any]:
+    return pipeline(folder, ["a"], [Length, Limit, cls], {cls.name: settings}).stages[cls.name]
+
+
+def test_workers_fill_the_machine_but_never_outnumber_units(tmp_path: Path) -> None:
+    assert share(stage(tmp_path, Shout), Offer(8, 0), 100).count == 8
+    assert share(stage(tmp_path, Shout), Offer(8, 0), 3).count == 3
+    assert share(stage(tmp_path, Shout, workers=2), Offer(8, 0), 100).count == 2
+    assert share(stage(tmp_path, Shout, cpus=3), Offer(8, 0), 100).count == 2
+
+
+def test_a_stage_that_can_takes_one_gpu_a_worker(tmp_path: Path) -> None:
+    got = share(stage(tmp_path, OnGpu), Offer(64, 8), 100)
+    assert (got.count, got.gpus) == (8, 1.0)
+    assert share(stage(tmp_path, OnGpu), Offer(4, 0), 100).gpus == 0
+    assert share(stage(tmp_path, OnGpu, gpus=0.5), Offer(64, 8), 100).count == 16
+
+
+def test_what_does_not_fit_names_stage_and_setting(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"shout: one worker takes 4 cpus .* there are 2.*shout.cpus"
+    ):
+        share(stage(tmp_path, Shout, cpus=4), Offer(2, 0), 1)
+    with pytest.raises(ConfigError, match=r"shout: 3 workers of 1 cpus don't fit in 2"):
+        share(stage(tmp_path, Shout, workers=3), Offer(2, 0), 9)
+    with pytest.raises(ConfigError, match=r"--gpus 8: this machine has 0"):
+        usable_gpus(RunSettings(gpus=8), 0)
+    assert usable_gpus(RunSettings(gpus=2), 8) == 2
+    assert usable_gpus(RunSettings(), 8) == 8
+
+
+def task() -> Workers:
+    return Workers(2, 1, 0, 0, actor=False)
+
+
+def actor(count: int, cpus: float = 1, gpus: float = 0) -> Workers:
+    return Workers(count, cpus, gpus, 0, actor=True)
+
+
+def cut(workers: dict[str, Workers], offer: Offer, mode: str = "auto") -> list[tuple[str, ...]]:
+    return [part.stages for part in passes(workers, offer, mode, list(workers))]
+
+
+def test_stages_are_chained_as_far_as_they_fit() -> None:
+    two_models = {"probe": task(), "filter": task(), "caption": actor(2), "encode": actor(2)}
+    assert cut(two_models, Offer(2, 0)) == [("probe", "filter"), ("caption",), ("encode",)]
+    assert cut(two_models, Offer(5, 0)) == [("probe", "filter", "caption", "encode")]
+    assert cut(two_models, Offer(2, 0), "pipelined") == [tuple(two_models)]
+    assert cut(two_models, Offer(64, 0), "staged") == [(name,) for name in two_models]
+
+
+def test_two_models_never_share_a_gpu() -> None:
+    gpus = {"probe": task(), "caption": actor(1, 1, 1), "encode": actor(1, 1, 1)}
+    assert cut(gpus, Offer(64, 1)) == [("probe", "caption"), ("encode",)]
+    assert cut(gpus, Offer(64, 2)) == [("probe", "caption", "encode")]
+    why = passes(gpus, Offer(64, 1), "auto", list(gpus))[0].why
+    assert "encode and caption together would take more GPUs" in why
+
+
+def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    check_workdir(str(tmp_path / "new" / "deep"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"can't be written: .*--set workdir"):
+        check_workdir(str(tmp_path / "file" / "work"))
