@@ -1,0 +1,143 @@
+"""Where a model's files lie, and which model exactly they are.
+
+A model is named by one string: `demo://vae` and `demo://captioner` (they ship with vidpipe), a
+local folder, or the id of a repository on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from stages.base import StageError
+
+DEMO = "demo://"
+_DEMO_FOLDER = Path(__file__).parent / "demo"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What decides a model's results: its configuration, weights, vocabulary and chat template.
+_PARTS = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
+# Copies of the same weights for other frameworks, of no use here.
+_FOREIGN = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "*.ot", "onnx/*", "original/*"]
+
+
+def resolve(spec: str, revision: str | None = None, subfolder: str | None = None) -> str:
+    """The local folder of a model, downloaded first where it is on the hub.
+
+    Raises StageError where it is missing or can't be fetched.
+    """
+    check(spec, subfolder)
+    folder = _local(spec) or Path(_download(spec, revision, subfolder))
+    return str(folder / subfolder if subfolder else folder)
+
+
+def check(spec: str, subfolder: str | None = None) -> None:
+    """Raises StageError for what is neither a hub id nor a local model. Touches no network."""
+    folder = _local(spec)
+    if folder is None:
+        if not _HUB_ID.fullmatch(spec):
+            raise StageError(
+                f"model {spec!r}: there is no such folder, and a hub id reads owner/name"
+            )
+        return
+    if not folder.is_dir():
+        raise StageError(f"model {spec}: there is no folder {folder}. Check the path.")
+    place = folder / subfolder if subfolder else folder
+    if not any((place / name).is_file() for name in ("config.json", "model_index.json")):
+        parts = sorted(p.parent.name for p in place.glob("*/config.json"))
+        hint = f" There is one in {', '.join(parts)}: name it as the subfolder." if parts else ""
+        raise StageError(f"model {spec}: {place} has no config.json, so it is no model.{hint}")
+
+
+def model_identity(
+    spec: str, revision: str | None = None, subfolder: str | None = None
+) -> dict[str, Any]:
+    """What tells this model from any other, for fingerprints.
+
+    A local model is its files' sha256, wherever they lie. A hub model is its id and the revision
+    as configured: asking the hub which commit `main` is today would make fingerprints depend on
+    the network, and a new commit would silently recompute everything. Pin a commit to be exact.
+    """
+    folder = _local(spec)
+    if folder is None:
+        return {"id": spec, "revision": revision or "main", "subfolder": subfolder}
+    check(spec, subfolder)
+    return {"sha256": folder_sha256(folder / subfolder if subfolder else folder)}
+
+
+def model_label(spec: str, revision: str | None, folder: str) -> str:
+    """The model as rows name it: `spec@commit` from the hub, `spec@sha256` otherwise (12 digits).
+
+    `folder` is what `resolve` gave.
+    """
+    if _local(spec) is not None:
+        return f"{spec}@{folder_sha256(Path(folder))[:12]}"
+    commit = next((part for part in Path(folder).parts if _COMMIT.fullmatch(part)), None)
+    return f"{spec}@{commit[:12] if commit else revision or 'main'}"
+
+
+def folder_sha256(folder: Path) -> str:
+    """The sha256 over the names and contents of a model folder's files."""
+    total = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _PARTS and file.is_file():
+            stat = file.stat()
+            content = _file_sha256(str(file), stat.st_size, stat.st_mtime_ns)
+            total.update(f"{file.name}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+@functools.cache
+def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
+    # The hub's cache names large files by their sha256: no need to read gigabytes again.
+    target = Path(path).resolve()
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name
+    with target.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _local(spec: str) -> Path | None:
+    """The folder that `spec` names, there or not; None where it is an id on the hub."""
+    if spec.startswith(DEMO):
+        return _DEMO_FOLDER / spec.removeprefix(DEMO)
+    path = Path(spec).expanduser()
+    looks_local = path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1
+    return path.absolute() if looks_local or path.exists() else None
+
+
+def _download(spec: str, revision: str | None, subfolder: str | None) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = [f"{subfolder}/*"] if subfolder else None
+    try:
+        return str(
+            snapshot_download(
+                spec, revision=revision, allow_patterns=wanted, ignore_patterns=_FOREIGN
+            )
+        )
+    except GatedRepoError as error:
+        why, remedy = "its owner grants access", "ask for it on the hub, then set HF_TOKEN"
+        cause: Exception = error
+    except RepositoryNotFoundError as error:
+        why, remedy = "the hub has no such model, or it is private", "check the id, or set HF_TOKEN"
+        cause = error
+    except RevisionNotFoundError as error:
+        why, remedy = f"it has no revision {revision!r}", "check the revision"
+        cause = error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        why = f"the hub can't be reached ({first[0]})"
+        remedy = "download it where there is a network and name its folder, or set HF_ENDPOINT"
+        cause = error
+    raise StageError(f"model {spec} can't be fetched: {why}. Remedy: {remedy}.") from cause
