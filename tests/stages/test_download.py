@@ -230,7 +230,7 @@ def test_a_remote_file_is_stored_by_its_content(folders: Context) -> None:
         Path(folders.workdir, outcomes[0]["path"]).unlink()
         assert media(folders, download(folders, uri)[0]) == DATA
         assert len(web.requests) == 2
-    assert not [p for p in Path(folders.workdir, "media/.part").iterdir()]
+    assert not list(Path(folders.workdir, "media/.part").iterdir())
 
 
 def test_results_stand_in_the_order_of_the_rows(folders: Context) -> None:
