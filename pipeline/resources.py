@@ -84,35 +84,39 @@ def passes(
     """Cuts the stages, in order, into passes.
 
     `auto` chains as long as all workers that hold a model fit side by side, with a CPU left for
-    the stages that hold none. Models of two GPU stages never share a GPU.
+    the stages that hold none: so models of two GPU stages never share a GPU. Raises ConfigError
+    where `pipelined` asks for what does not fit: Ray would wait for ever.
     """
     if mode == "staged":
         return [Pass((name,), "run.mode is staged") for name in stages]
     done: list[Pass] = []
     chain: list[str] = []
-    cpus = gpus = 0.0
-    why = "all stages fit side by side"
     for name in stages:
-        own_cpus, own_gpus = workers[name].held
-        spare = 0.0 if all(workers[n].actor for n in (*chain, name)) else 1.0
-        over = [
-            kind
-            for kind, sum_, there in (
-                ("CPUs", cpus + own_cpus + spare, offer.cpus),
-                ("GPUs", gpus + own_gpus, offer.gpus),
+        over = _over([workers[n] for n in (*chain, name)], offer)
+        if over and mode == "pipelined":
+            raise ConfigError(
+                f"run.mode is pipelined, but {', '.join((*chain, name))} side by side take more "
+                f"{' and '.join(over)} than there are: lower their workers, or leave run.mode auto"
             )
-            if sum_ > there
-        ]
-        if chain and over and workers[name].actor and mode == "auto":
-            why = f"{name} and {' and '.join(n for n in chain if workers[n].actor) or chain[-1]}"
-            why += f" together would take more {' and '.join(over)} than the {offer.cpus:g} CPUs"
-            why += f" and {offer.gpus:g} GPUs there are"
+        if over and chain and workers[name].actor:
+            beside = " and ".join(n for n in chain if workers[n].actor) or chain[-1]
+            why = f"{name} beside {beside} would take more {' and '.join(over)} than there are"
             done.append(Pass(tuple(chain), why))
-            chain, cpus, gpus = [], 0.0, 0.0
+            chain = []
         chain.append(name)
-        cpus, gpus = cpus + own_cpus, gpus + own_gpus
-    done.append(Pass(tuple(chain), why if done else "all stages fit side by side"))
-    return done
+    return [*done, Pass(tuple(chain), "the rest fits side by side" if done else "all fit")]
+
+
+def _over(workers: Sequence[Workers], offer: Offer) -> list[str]:
+    """What these workers side by side would take too much of."""
+    spare = 0.0 if all(w.actor for w in workers) else 1.0
+    cpus = sum(w.held[0] for w in workers) + spare
+    gpus = sum(w.held[1] for w in workers)
+    return [
+        kind
+        for kind, n, there in (("CPUs", cpus, offer.cpus), ("GPUs", gpus, offer.gpus))
+        if n > there
+    ]
 
 
 def check_workdir(workdir: str) -> None:

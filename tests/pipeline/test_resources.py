@@ -66,7 +66,9 @@ def test_stages_are_chained_as_far_as_they_fit() -> None:
     two_models = {"probe": task(), "filter": task(), "caption": actor(2), "encode": actor(2)}
     assert cut(two_models, Offer(2, 0)) == [("probe", "filter"), ("caption",), ("encode",)]
     assert cut(two_models, Offer(5, 0)) == [("probe", "filter", "caption", "encode")]
-    assert cut(two_models, Offer(2, 0), "pipelined") == [tuple(two_models)]
+    assert cut(two_models, Offer(5, 0), "pipelined") == [tuple(two_models)]
+    with pytest.raises(ConfigError, match="side by side take more CPUs than there are"):
+        cut(two_models, Offer(2, 0), "pipelined")
     assert cut(two_models, Offer(64, 0), "staged") == [(name,) for name in two_models]
 
 
@@ -75,7 +77,7 @@ def test_two_models_never_share_a_gpu() -> None:
     assert cut(gpus, Offer(64, 1)) == [("probe", "caption"), ("encode",)]
     assert cut(gpus, Offer(64, 2)) == [("probe", "caption", "encode")]
     why = passes(gpus, Offer(64, 1), "auto", list(gpus))[0].why
-    assert "encode and caption together would take more GPUs" in why
+    assert "encode beside caption would take more GPUs" in why
 
 
 def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:

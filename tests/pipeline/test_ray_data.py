@@ -1,0 +1,104 @@
+"""The Ray runner on a real, private Ray: the same files as the loop, faults told, nothing left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import Length, Limit, Shout, pipeline
+
+from manifests.store import Counts
+from pipeline import query
+from pipeline.errors import RunError
+from pipeline.report import Reporter
+from pipeline.run import run
+from pipeline.unit import Receipt, Retry
+from stages.base import Outcome, Row
+
+CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None] * 4
+
+
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.settled: dict[str, int] = {}
+        self.units: dict[str, int] = {}
+        self.notes: list[str] = []
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        self.settled[stage] = self.settled.get(stage, 0) + counts.total
+
+    def unit(self, receipt: Receipt) -> None:
+        self.units[receipt.stage] = self.units.get(receipt.stage, 0) + 1
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(autouse=True)
+def importable_by_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def rays() -> set[int]:
+    """Ray processes of ours: the pids of all whose parent chain leads here."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True)
+    lines = [line.split(None, 2) for line in listed.stdout.splitlines()[1:]]
+    return {int(p) for p, parent, args in lines if "ray" in args and int(parent) == os.getpid()}
+
+
+def manifest(made: Any) -> Any:
+    return query.select(made, None).sort_by("clip_id")
+
+
+@pytest.mark.parametrize(("workers", "batch"), [(1, 8), (2, 1)])
+def test_the_same_manifest_as_the_loop(tmp_path: Path, workers: int, batch: int) -> None:
+    (tmp_path / "loop").mkdir()
+    loop = pipeline(tmp_path / "loop", CAPTIONS)
+    run(loop, (), Retry(), Reporter())
+    settings = {name: {"workers": workers, "batch_size": batch} for name in loop.stages}
+    (tmp_path / "ray").mkdir()
+    made = pipeline(tmp_path / "ray", CAPTIONS, settings=settings, run={"runner": "ray"})
+    heard = Heard()
+    result = run(made, (), Retry(), heard, explain=True)
+    assert not result.faults
+    assert manifest(made).drop_columns("origin").equals(manifest(loop).drop_columns("origin"))
+    wanted = {name: result.status[name].total for name in made.stages}
+    assert heard.settled == wanted, "every row is reported once"
+    assert any(note.startswith("Ray dashboard: http://127.0.0.1:") for note in heard.notes)
+    assert any(note.startswith("pass 1: length") for note in heard.notes)
+    assert not rays(), "processes were left"
+
+
+def test_an_exception_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    captions = ["crash", "a", "b", "c", "d e", "f g h", "i", "j"]
+    made = pipeline(tmp_path, captions, run={"runner": "ray"})
+    result = run(made, (), Retry(), Reporter())
+    assert [(r.stage, r.error) for r in result.faults] == [
+        ("length", "ZeroDivisionError: a fault of the stage")
+    ]
+    assert result.status["length"] == Counts(8, 4, pending=4)
+    assert result.status["shout"].kept == 4
+
+
+class Dying(Shout):
+    """Its worker dies, as under the kernel's memory killer."""
+
+    def process(self, rows: list[Row], model: str) -> list[Outcome]:
+        os._exit(9)
+
+
+def test_a_worker_that_keeps_dying_ends_the_run_and_keeps_what_is_committed(
+    tmp_path: Path,
+) -> None:
+    sys.modules["test_ray_data"] = sys.modules[__name__]
+    made = pipeline(tmp_path, ["a", "b"], [Length, Limit, Dying], run={"runner": "ray"})
+    with pytest.raises(RunError, match="shout: a worker died and its retries are used up"):
+        run(made, (), Retry(), Reporter())
+    again = pipeline(tmp_path, ["a", "b"])
+    result = run(again, (), Retry(), Reporter())
+    assert result.status["shout"] == Counts(2, 2)
+    assert not rays(), "processes were left"
