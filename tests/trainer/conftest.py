@@ -1,0 +1,137 @@
+"""Made shards and an index over them, as the pipeline writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from manifests.shards import INDEX, LATENTS, Index, LatentSpec, with_facts
+from trainer.config import TrainSettings, parse_settings
+
+SHAPE = (4, 4, 4, 4)
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Models this small are slower on several threads."""
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Made:
+    """An index and what was put into it."""
+
+    url: str
+    spec: LatentSpec
+    clips: dict[str, tuple[np.ndarray, np.ndarray]]  # clip id to mean and log-variance
+    captions: dict[str, str | None]
+    shards: dict[str, Path]
+
+    def open(self) -> Index:
+        return Index.open(self.url)
+
+
+@pytest.fixture
+def make_index(tmp_path: Path) -> Callable[..., Made]:
+    """Makes shards of the sizes given, rows in groups of three, float32 moments by default."""
+
+    def make(
+        sizes: tuple[int, ...] = (7, 5, 1, 8),
+        shape: tuple[int, int, int, int] = SHAPE,
+        dtype: str = "float32",
+        moments: bool = True,
+        captions: Callable[[int], str | None] = lambda i: f"a {COLOURS[i % 4]} square, no {i}",
+        mean: Callable[[int], float] = float,
+    ) -> Made:
+        folder = tmp_path / "work"
+        spec = LatentSpec(
+            vae="vaes/tiny",
+            vae_class="AutoencoderKL",
+            vae_sha256="ab" * 32,
+            fingerprint="f" * 16,
+            moments=moments,
+            channels=shape[0],
+            temporal=1,
+            spatial=8,
+            shift=[0.1 * c for c in range(shape[0])],
+            scale=[1.0 / (c + 1) for c in range(shape[0])],
+            sampling={"fps": 16.0, "frames": 4, "size": 32, "policy": "time"},
+        )
+        draw = np.random.default_rng(7)
+        clips, texts, shards, rows = {}, {}, {}, []
+        number = 0
+        for s, size in enumerate(sizes):
+            name, stored = f"encode/f/u{s:02}.parquet", []
+            for row in range(size):
+                clip = f"clip{number:020}"
+                values = draw.normal(mean(number), 0.1, shape).astype(np.float32)
+                logvar = draw.normal(-2, 0.1, shape).astype(np.float32)
+                clips[clip], texts[clip] = (values, logvar), captions(number)
+                data = np.concatenate([values, logvar]) if moments else values
+                stored.append(
+                    {
+                        "clip_id": clip,
+                        "latents": as_bytes(data, dtype),
+                        "latents_shape": list(data.shape),
+                        "latents_dtype": dtype,
+                        "frame_times": [0.0],
+                    }
+                )
+                rows.append(
+                    {
+                        "clip_id": clip,
+                        "caption": texts[clip],
+                        "shard": name,
+                        "row": row,
+                        "shape": list(data.shape),
+                    }
+                )
+                number += 1
+            shards[name] = folder / name
+            shards[name].parent.mkdir(parents=True, exist_ok=True)
+            schema = pa.schema([pa.field("clip_id", pa.string()), *LATENTS])
+            table = with_facts(pa.Table.from_pylist(stored, schema), {"spec": spec.to_json()})
+            pq.write_table(table, shards[name], row_group_size=3)
+        url = str(folder / "index.parquet")
+        table = pa.Table.from_pylist(rows, INDEX)
+        Index(str(folder), table, spec, {}).save(url)
+        return Made(url, spec, clips, texts, shards)
+
+    return make
+
+
+def as_bytes(values: np.ndarray, dtype: str) -> bytes:
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype(dtype).tobytes()
+
+
+@pytest.fixture
+def settings_of(tmp_path: Path) -> Callable[..., TrainSettings]:
+    """Settings of a model that trains in milliseconds."""
+
+    def settings(made: Made, **values: Any) -> TrainSettings:
+        small = {
+            "index": made.url,
+            "output": str(tmp_path / "out"),
+            "steps": 6,
+            "batch_size": 4,
+            "warmup": 2,
+            "log_every": 1,
+            "save_every": 3,
+            "mixed_precision": "no",
+            "model": {"width": 32, "depth": 1, "heads": 2, "patch": [2, 2, 2]},
+            "text": {"layers": 1, "length": 12, "buckets": 256},
+        }
+        return parse_settings({**small, **values})
+
+    return settings

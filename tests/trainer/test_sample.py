@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainer import objectives, sample
+from trainer.config import DiTSettings, ModelConfig, SettingsError, TextSettings
+from trainer.models import BEGIN, tokenise
+from trainer.objectives import Kind
+from trainer.train import train
+
+SHAPE = (4, 3, 2, 2)
+
+
+def config(objective: Kind = "flow", vae_class: str = "AutoencoderKL") -> ModelConfig:
+    latents = {"vae_class": vae_class, "vae": "vaes/tiny", "shift": [1.0] * 4, "scale": [0.5] * 4}
+    return ModelConfig(
+        model=DiTSettings(),
+        text=TextSettings(),
+        objective=objective,
+        schedule="cosine",
+        shape=SHAPE,
+        latents=latents,
+    )
+
+
+# ----------------------------------------------------------------------------- the sampler
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
+def test_a_model_that_knows_the_data_leads_to_it(kind: Kind, steps: int) -> None:
+    """The best output for data that is one point has a closed form: the sampler must end there."""
+    point = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
+
+    def model(x: torch.Tensor, time: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        a, s = (v.view(-1, 1, 1, 1, 1) for v in objectives.path(kind, "cosine", time))
+        eps = (x - a * point) / s
+        return objectives.target(kind, point.expand_as(x), eps, a.flatten(), s.flatten())
+
+    found = sample.sample(model, config(kind), ["a", "b"], steps, guidance=3.0)
+    torch.testing.assert_close(found, point.expand(2, *SHAPE), rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_goes_beyond_the_prompt() -> None:
+    """Euler's method over a constant velocity moves by it: without + guidance (with - without)."""
+
+    def model(x: torch.Tensor, time: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        prompted = (ids == tokenise(["red"], config().text)[0, 1]).any(1)
+        return torch.where(prompted, 2.0, 1.0).view(-1, 1, 1, 1, 1).expand_as(x)
+
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    for guidance, velocity in ((1.0, 2.0), (3.0, 4.0), (0.0, 1.0)):
+        (found,) = sample.sample(model, config(), ["red"], 5, guidance, seed=3)
+        torch.testing.assert_close(found, start - velocity)
+
+
+def test_times_fall_to_zero_and_epsilon_keeps_out_of_pure_noise() -> None:
+    for kind in ("flow", "epsilon", "v_prediction"):
+        times = sample.sampling_times(config(kind), 10)
+        assert len(times) == 11 and times[-1] == 0 and (times.diff() < 0).all()
+    a, _ = objectives.path("epsilon", "cosine", sample.sampling_times(config("epsilon"), 10)[:1])
+    assert sample.FAINTEST <= a.item() < sample.FAINTEST + 0.01
+    assert sample.sampling_times(config("flow"), 10)[0] == 1
+    assert BEGIN == 1
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    import diffusers
+
+    torch.manual_seed(0)
+    made = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    made.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+class Echo:
+    """A VAE whose picture is its first three latent channels, and which keeps what it was given."""
+
+    def decode(self, z: torch.Tensor) -> Any:
+        self.given = z
+        return type("Decoded", (), {"sample": z[:, :3]})()
+
+
+def test_pictures_undo_the_normalisation() -> None:
+    z = torch.zeros(SHAPE)
+    z[0] = -1.0  # / 0.5 + 1 = -1, black
+    z[1] = 1.0  # 3, beyond white
+    z[2] = -0.5  # 0, grey
+    frames = sample.decode(Echo(), z, config().latents)
+    assert frames.shape == (3, 2, 2, 3)
+    assert frames[0, 0, 0].tolist() == [0, 255, 128]
+
+
+def test_video_vaes_are_given_a_video() -> None:
+    echo, z = Echo(), torch.arange(48.0).view(SHAPE)
+    sample.decode(echo, z, config(vae_class="AutoencoderKLWan").latents)
+    torch.testing.assert_close(echo.given, (z / 0.5 + 1)[None])
+    sample.decode(echo, z, config(vae_class="AutoencoderTiny").latents)
+    torch.testing.assert_close(echo.given, (z / 0.5 + 1).transpose(0, 1))
+
+
+def clips(count: int = 2) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, 256, (9, 63, 65, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def test_tiles_stand_side_by_side_under_their_prompts() -> None:
+    made = clips()
+    joined = sample.tile(made, ["red", "a long prompt that surely takes more than one line"])
+    width = joined.shape[2] // 2
+    assert width == 3 * 65 and joined.shape[0] == 9 and joined.shape[1] % 2 == 0
+    above = 15 * 2 + 8
+    for place, clip in enumerate(made):
+        part = joined[:, above : above + 189, place * width : (place + 1) * width]
+        assert (part[:, ::3, ::3] == clip).all()
+    head = joined[0, :above]
+    assert (head[:, :width] < 128).any() and (head[:, width:] < 128).any()
+
+
+@pytest.mark.parametrize("name", ["a.gif", "deep/a.mp4", "a.png"])
+def test_files(name: str, tmp_path: Path) -> None:
+    frames = np.zeros((16, 32, 64, 3), np.uint8)
+    frames[:, :, 32:] = np.linspace(0, 255, 16).astype(np.uint8)[:, None, None, None]
+    file = tmp_path / name
+    sample.write(file, frames, 16.0)
+    if file.suffix == ".mp4":
+        with av.open(str(file)) as container:
+            stream = container.streams.video[0]
+            assert stream.average_rate == 16
+            found = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        assert np.abs(found.astype(int) - frames).mean() < 3 and found.shape == frames.shape
+    elif file.suffix == ".png":
+        assert Image.open(file).size == (64, 8 * 32)
+    else:
+        with Image.open(file) as gif:
+            assert (gif.n_frames, gif.size) == (16, (64, 32))
+            spans = []
+            for number in range(16):
+                gif.seek(number)
+                spans.append(gif.info["duration"])
+        assert sum(spans) == 1000 and set(spans) <= {60, 70}
+
+
+def test_a_trained_model_to_a_gif(
+    make_index: Any, settings_of: Any, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_index()
+    settings = settings_of(made, steps=2)
+    train(settings)
+    out = tmp_path / "a.gif"
+    common = ["--vae", str(vae), "--prompt", "a red square", "--prompt", "nothing", "--steps", "2"]
+    for place in (settings.output, settings.output / "model"):
+        assert sample.main(["--checkpoint", str(place), "--out", str(out), *common]) == 0
+        with Image.open(out) as gif:
+            assert (gif.n_frames, gif.size) == (4, (384, 216))  # two tiles, their height made even
+        out.unlink()
+    capsys.readouterr()
+    for arguments, told in (
+        (["--checkpoint", str(tmp_path), "--out", str(out), *common], "no model in"),
+        (["--checkpoint", str(settings.output), "--out", "a.avi", *common], "must end in .gif"),
+        (["--checkpoint", str(vae), "--out", str(out), *common], "no model in"),
+    ):
+        assert sample.main(arguments) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_another_vae_is_refused(vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"holds a AutoencoderKL, but.*AutoencoderKLWan"):
+        sample.load_vae(str(vae), config(vae_class="AutoencoderKLWan").latents)
+    with pytest.raises(SettingsError, match="no VAE of diffusers"):
+        sample.load_vae(str(tmp_path), config().latents)

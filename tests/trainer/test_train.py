@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from manifests.shards import Index
+from trainer import train as training
+from trainer.config import TrainSettings
+from trainer.train import Diverged, learning_rate, main, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return found
+
+
+def losses(told: str) -> dict[str, str]:
+    lines = [line.split() for line in told.splitlines() if line.startswith("step ")]
+    return {words[1].split("/")[0]: words[3] for words in lines}
+
+
+def run_main(settings: TrainSettings, tmp_path: Path) -> int:
+    file = tmp_path / "settings.json"
+    file.write_text(settings.model_dump_json())
+    return main(["--config", str(file)])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_in_two_parts_is_bit_for_bit_one(
+    accumulation: int,
+    make_index: Any,
+    settings_of: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = make_index()  # 21 clips: epochs end within batches
+    common = {"gradient_accumulation": accumulation, "caption_dropout": 0.5}
+    whole = train(settings_of(made, output=str(tmp_path / "whole"), **common))
+    one = losses(capsys.readouterr().err)
+    train(settings_of(made, steps=3, **common))
+    parts = train(settings_of(made, steps=6, **common))
+    told = capsys.readouterr().err
+    assert "goes on from" in told and "steps 3 to 6" in told
+    assert losses(told) == one and len(one) == 6
+    assert weights(whole).keys() == weights(parts).keys()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(parts)[name]), name
+    assert weights(whole)["unembed.weight"].any()
+
+
+@pytest.mark.parametrize("objective", ["flow", "epsilon", "v_prediction"])
+def test_a_few_clips_are_learnt(
+    objective: str, make_index: Any, settings_of: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_index(sizes=(4,), mean=lambda i: (-3.0, -1.0, 1.0, 3.0)[i])
+    values = {"steps": 60, "log_every": 20, "save_every": 60, "batch_size": 8}
+    train(settings_of(made, objective=objective, learning_rate=1e-2, **values))
+    first, _, last = (float(loss) for loss in losses(capsys.readouterr().err).values())
+    assert last < 0.7 * first
+
+
+def test_what_a_run_leaves(
+    make_index: Any, settings_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_index()
+    settings = settings_of(made, steps=4, save_every=1, keep=2)
+    assert run_main(settings, tmp_path) == 0
+    told = capsys.readouterr()
+    out = settings.output
+    assert told.out == f"checkpoint: {out}/checkpoint-4\n"
+    assert "step 4/4  loss " in told.err and "clips/s" in told.err and "data wait" in told.err
+    assert {f.name for f in out.iterdir()} == {
+        "checkpoint-3",
+        "checkpoint-4",
+        "last.json",
+        "logs",
+        "model",
+    }
+    assert json.loads((out / "last.json").read_text())["checkpoint"] == "checkpoint-4"
+    assert list((out / "logs").rglob("events.out.tfevents*"))
+    exported = weights(out / "model")
+    for name, value in weights(out / "checkpoint-4").items():
+        assert torch.equal(value, exported[name])
+    # Again there is nothing left to train, and nothing changes.
+    assert run_main(settings, tmp_path) == 0
+    assert "steps 4 to 4" in capsys.readouterr().err
+
+
+def test_the_rate_rises_and_stays(make_index: Any, settings_of: Any) -> None:
+    settings = settings_of(make_index(sizes=(1,)), warmup=4, learning_rate=0.8)
+    rates = [learning_rate(settings, step) for step in range(6)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    settings = settings_of(make_index(sizes=(1,)), warmup=0, learning_rate=0.8)
+    assert learning_rate(settings, 0) == 0.8
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    matrices, vectors = training.decayed(model, 0.1)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert matrices["params"] == [model[0].weight]
+    assert len(vectors["params"]) == 3  # type: ignore[arg-type]
+
+
+def test_a_changed_weight_decay_counts_after_resume(make_index: Any, settings_of: Any) -> None:
+    made = make_index()
+    train(settings_of(made, steps=3, weight_decay=0.0))
+    kept = train(settings_of(made, steps=6, weight_decay=0.5))
+    state = torch.load(kept / "optimizer.bin", weights_only=True)
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0]
+
+
+# ----------------------------------------------------------------------------- how it ends badly
+
+
+def test_no_finite_loss_stops_with_step_and_clip(
+    make_index: Any, settings_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_index(mean=lambda i: np.inf if i == 2 else 0.0)
+    settings = settings_of(made, steps=20, save_every=1)
+    with pytest.raises(Diverged):
+        train(settings)
+    assert run_main(settings, tmp_path) == 1
+    told = capsys.readouterr().err
+    bad = list(made.clips)[2]
+    assert "no finite number at step" in told and bad in told
+    assert sum(clip in told for clip in made.clips) == 1
+    for folder in settings.output.glob("checkpoint-*"):
+        assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def empty(made: Any) -> None:
+    index = made.open()
+    Index(index.workdir, index.table.slice(0, 0), index.spec, {}).save(made.url)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "values", "told"),
+    [
+        (empty, {}, "has no clips"),
+        (lambda made: Path(made.url).unlink(), {}, "no index at"),
+        (lambda made: None, {"expect": {"fps": 24}}, "train.expect.fps is 24.0"),
+        (lambda made: None, {"mixed_precision": "fp16"}, "train.mixed_precision is fp16"),
+        (lambda made: None, {"output": "/dev/null/out"}, "train.output cannot be written"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(
+    spoil: Any,
+    values: dict[str, Any],
+    told: str,
+    make_index: Any,
+    settings_of: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if values.get("mixed_precision") and torch.cuda.is_available():
+        pytest.skip("a GPU can do that")
+    made = make_index()
+    spoil(made)
+    assert run_main(settings_of(made, **values), tmp_path) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("vidpipe train: ") and told in found
+
+
+def test_another_model_is_refused(
+    make_index: Any, settings_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_index()
+    settings = settings_of(made, steps=3)
+    train(settings)
+    other = {"width": 64, "depth": 1, "heads": 2, "patch": [2, 2, 2]}
+    assert run_main(settings_of(made, model=other), tmp_path) == 2
+    told = capsys.readouterr().err
+    assert "model.width is 64, not 32" in told and "checkpoint-3" in told
+
+
+def test_a_process_is_told_to_stop_and_saves(
+    make_index: Any, settings_of: Any, tmp_path: Path
+) -> None:
+    made = make_index()
+    settings = settings_of(made, steps=100_000, save_every=100_000)
+    file = tmp_path / "settings.json"
+    file.write_text(settings.model_dump_json())
+    command = [sys.executable, "-m", "trainer.train", "--config", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=-1, stderr=-1
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        for line in process.stderr:
+            if line.startswith("step 2/"):
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(60) == 0
+        (saved,) = settings.output.glob("checkpoint-*")
+        assert f"stopped at step {saved.name.split('-')[1]} of 100000" in rest
+        assert process.stdout.read() == f"checkpoint: {saved}\n"
+
+
+def test_settings_that_are_wrong_give_no_trace(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"index": "i", "output": "o", "bach_size": 3}))
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.train", "--config", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("vidpipe train: train.bach_size is unknown: did you mean")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,217 @@
+"""The settings of `vidpipe train`: the section `train` of vidpipe.yaml, typed.
+
+The pipeline hands the section on as JSON, with `index` and `output` added, and does not judge it:
+here is the one place that knows what is allowed. No torch in this file, so that it imports fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class SettingsError(Exception):
+    """The settings cannot be used: the message names the key, its value and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DiTSettings(_Section):
+    """The small video DiT of `trainer.models`."""
+
+    kind: Literal["dit"] = Field("dit", description="the model's family")
+    width: int = Field(128, ge=16, le=8192, description="channels of a token")
+    depth: int = Field(4, ge=1, le=128, description="transformer blocks")
+    heads: int = Field(4, ge=1, le=128, description="attention heads; they divide width")
+    patch: tuple[int, int, int] = Field(
+        (4, 2, 2), description="latent frames, rows and columns that make one token"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads}"
+            )
+        if min(self.patch) < 1:
+            raise ValueError(f"patch {list(self.patch)} must be three numbers of at least 1")
+        return self
+
+
+class TextSettings(_Section):
+    """The text encoder that is trained with the model."""
+
+    kind: Literal["words", "bytes"] = Field(
+        "words",
+        description="what a text token is: a hashed word, or a byte "
+        "(for languages that put no spaces between words)",
+    )
+    length: int = Field(48, ge=2, le=4096, description="tokens of a caption; the rest is cut off")
+    layers: int = Field(2, ge=0, le=48, description="transformer layers over the text tokens")
+    buckets: int = Field(8192, ge=256, le=2**22, description="rows of the table of hashed words")
+
+
+class Expect(_Section):
+    """What the latents must have been made with; what is left out is not checked. `size`, a side
+    or [height, width], stands for both."""
+
+    fps: float | None = Field(None, gt=0, description="frames a second of a clip")
+    frames: int | None = Field(None, ge=1, description="frames of a clip")
+    height: int | None = Field(None, ge=1, description="pixels")
+    width: int | None = Field(None, ge=1, description="pixels")
+    vae: str | None = Field(None, description="the VAE as configured, or its weights' sha256")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sides(cls, values: Any) -> Any:
+        match values:
+            case {"size": [height, width], **rest}:
+                return {"height": height, "width": width, **rest}
+            case {"size": size, **rest}:
+                return {"height": size, "width": size, **rest}
+        return values
+
+
+class TrainSettings(_Section):
+    """Everything that decides a training run."""
+
+    index: str = Field(description="URL of the index that `vidpipe run` writes")
+    output: Path = Field(description="folder of checkpoints, logs and the trained model")
+
+    steps: int = Field(1000, ge=1, description="optimiser steps of the whole run")
+    batch_size: int = Field(8, ge=1, description="clips of one process in one forward pass")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes that make one step")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's, after the warm-up")
+    warmup: int = Field(
+        50, ge=0, description="steps over which the rate rises from 0; then constant"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
+    grad_clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it, else no"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, noise and dropout")
+
+    objective: Literal["epsilon", "v_prediction", "flow"] = Field(
+        "flow", description="what the model predicts"
+    )
+    schedule: Literal["scaled_linear", "cosine"] = Field(
+        "scaled_linear", description="noise schedule of epsilon and v_prediction"
+    )
+    timesteps: Literal["auto", "uniform", "logit_normal"] = Field(
+        "auto", description="density of timesteps; auto: logit_normal for flow, else uniform"
+    )
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="min-SNR weighting of epsilon and v_prediction; 5 is usual"
+    )
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of visits without caption, for guidance"
+    )
+
+    shuffle_window: int = Field(
+        1024,
+        ge=1,
+        description="clips shuffled together, after shards are; "
+        "all processes together hold up to two windows in memory",
+    )
+    read_ahead: int = Field(4, ge=1, description="batches made ready ahead of the model")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints")
+    log_every: int = Field(10, ge=1, description="steps between lines on the console")
+    keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
+
+    model: DiTSettings = Field(default_factory=DiTSettings, description="the model")
+    text: TextSettings = Field(default_factory=TextSettings, description="the text encoder")
+    expect: Expect = Field(default_factory=Expect, description="checks against the latents")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.objective == "flow" and self.min_snr_gamma is not None:
+            raise ValueError(
+                f"min_snr_gamma is {self.min_snr_gamma}, but flow matching has no SNR weighting: "
+                "leave it out, or set objective to epsilon or v_prediction"
+            )
+        return self
+
+    @property
+    def density(self) -> Literal["uniform", "logit_normal"]:
+        """The density of timesteps, with `auto` resolved."""
+        if self.timesteps == "auto":
+            return "logit_normal" if self.objective == "flow" else "uniform"
+        return self.timesteps
+
+
+class ModelConfig(_Section):
+    """What a saved model is, beside its weights: `config.json` of a checkpoint and of an export."""
+
+    model: DiTSettings = Field(description="the model's sizes")
+    text: TextSettings = Field(description="the text encoder's sizes")
+    objective: Literal["epsilon", "v_prediction", "flow"] = Field(description="what it predicts")
+    schedule: Literal["scaled_linear", "cosine"] = Field(description="its noise schedule")
+    shape: tuple[int, int, int, int] = Field(description="C, F, H, W of latents it was trained on")
+    latents: dict[str, Any] = Field(description="their LatentSpec: VAE, shift, scale, sampling")
+
+    def differences(self, other: ModelConfig) -> list[str]:
+        """Why weights of `other` do not fit: "model.width is 128, not 256". Empty: they do."""
+        names = ("vae_sha256", "channels", "shift", "scale")
+        ours, theirs = (
+            {
+                **{f"model.{k}": v for k, v in config.model},
+                **{f"text.{k}": v for k, v in config.text},
+                "objective": config.objective,
+                "schedule": config.schedule if config.objective != "flow" else None,
+                **{f"latents.{k}": config.latents[k] for k in names},
+            }
+            for config in (self, other)
+        )
+        keys = dict.fromkeys([*ours, *theirs])
+        pairs = {key: (ours.get(key), theirs.get(key)) for key in keys}
+        return [f"{key} is {one}, not {two}" for key, (one, two) in pairs.items() if one != two]
+
+
+def load_settings(path: str | Path) -> TrainSettings:
+    """Reads the JSON file that the pipeline wrote. Raises SettingsError."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"the settings {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"the settings {path} are no JSON: {error}") from error
+    return parse_settings(values)
+
+
+def parse_settings(values: Any) -> TrainSettings:
+    """Raises SettingsError that says all that is wrong, one line each."""
+    try:
+        return TrainSettings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_sentence(dict(e)) for e in error.errors())) from error
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    *parents, key = [str(part) for part in error["loc"]] or [""]
+    name = ".".join(["train", *parents, key]).rstrip(".")
+    reason = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "extra_forbidden":
+        allowed = list(_fields(parents))
+        near = difflib.get_close_matches(key, allowed, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        return f"{name} is unknown: {guess}allowed are {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{name} is missing: {TrainSettings.model_fields[key].description}"
+    if error["type"] == "value_error":
+        return f"{name}: {reason}"
+    return f"{name} is {json.dumps(error['input'], default=str)}: it must be {reason}"
+
+
+def _fields(parents: list[str]) -> dict[str, Any]:
+    """The fields of the section that the keys `parents` lead to."""
+    section: type[BaseModel] = TrainSettings
+    for part in parents:
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return dict(section.model_fields)

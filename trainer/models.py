@@ -1,0 +1,216 @@
+"""The models: a small video DiT with its own text encoder, and how a model is saved and loaded.
+
+The DiT (Peebles & Xie 2023) cuts latents into patches of a few frames, rows and columns, puts text
+tokens before them and attends over both; the time and the pooled text modulate every block by
+adaLN-Zero. A new family is a class here with the same `forward`, and a line in `build`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainer.config import ModelConfig, TextSettings
+from trainer.objectives import TIMESTEPS
+
+WEIGHTS = "model.safetensors"  # the name that accelerate gives them in a checkpoint as well
+CONFIG = "config.json"
+
+PAD, BEGIN, FIRST = 0, 1, 2  # token ids: padding, the caption's beginning, the first real one
+
+
+def tokenise(captions: Sequence[str], settings: TextSettings) -> Tensor:
+    """Token ids (B, L) int64, L the longest caption's; an empty caption is the token BEGIN alone.
+
+    Words are lower-cased and hashed by CRC-32 into `buckets`: there is no vocabulary to keep, and
+    two words rarely share a row.
+    """
+    rows = []
+    for caption in captions:
+        if settings.kind == "bytes":
+            tokens = [FIRST + byte for byte in caption.encode()]
+        else:
+            words = re.findall(r"\w+", caption.lower())
+            room = settings.buckets - FIRST
+            tokens = [FIRST + zlib.crc32(word.encode()) % room for word in words]
+        rows.append(torch.tensor([BEGIN, *tokens[: settings.length - 1]]))
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+class TextEncoder(nn.Module):
+    """Token ids (B, L) to tokens (B, L, width), their mask (B, L) and the pooled text (B, width).
+
+    A model knows no more of its text than these three, so an encoder of stored embeddings takes
+    this one's place by projecting them.
+    """
+
+    def __init__(self, settings: TextSettings, width: int, heads: int) -> None:
+        super().__init__()
+        rows = settings.buckets if settings.kind == "words" else FIRST + 256
+        self.embed = nn.Embedding(rows, width)
+        self.place = nn.Parameter(torch.zeros(settings.length, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(settings.layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mask = ids != PAD
+        x = self.embed(ids) + self.place[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=~mask)
+        x = self.norm(x)
+        share = mask.unsqueeze(-1).to(x.dtype)
+        return x, mask, (x * share).sum(1) / share.sum(1)
+
+
+class Block(nn.Module):
+    """A transformer block whose norms and gates are set by the condition: adaLN-Zero."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.qkv = nn.Linear(width, 3 * width)
+        # Queries and keys of unit size keep attention in range in half precision (Dehghani 2023).
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+        )
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
+        """x (B, N, width); condition (B, width); mask (B, 1, 1, N), False: not attended to."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.modulation(condition).unsqueeze(1).chunk(6, -1)
+        )
+        x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1, mask)
+        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x
+
+    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out: Tensor = self.out(x.transpose(1, 2).flatten(2))
+        return out
+
+
+class VideoDiT(nn.Module):
+    """Latents (B, C, F, H, W), times (B,) in [0, 1] and token ids (B, L) to an output like latents.
+
+    Any F, H and W: what is no multiple of the patch is padded by its edge and cut off again. A
+    new model's output is 0, as its last layer is.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        model, channels = config.model, config.shape[0]
+        self.patch = model.patch
+        self.width = model.width
+        values = channels * math.prod(model.patch)
+        self.text = TextEncoder(config.text, model.width, model.heads)
+        self.pooled = nn.Linear(model.width, model.width)
+        self.time = nn.Sequential(
+            nn.Linear(model.width, model.width), nn.SiLU(), nn.Linear(model.width, model.width)
+        )
+        self.embed = nn.Linear(values, model.width)
+        self.blocks = nn.ModuleList(Block(model.width, model.heads) for _ in range(model.depth))
+        self.norm = nn.LayerNorm(model.width, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(model.width, 2 * model.width))
+        self.unembed = nn.Linear(model.width, values)
+        self.initialise()
+
+    def initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.text.embed.weight, std=0.02)
+        nn.init.normal_(self.text.place, std=0.02)
+        for module in [*self.blocks, self]:
+            nn.init.zeros_(module.modulation[-1].weight)
+        nn.init.zeros_(self.unembed.weight)
+
+    def forward(self, x: Tensor, time: Tensor, ids: Tensor) -> Tensor:
+        size = x.shape[2:]
+        tokens, grid = self.patchify(x)
+        tokens = self.embed(tokens) + positions(grid, self.width).to(tokens)
+        text, mask, pooled = self.text(ids)
+        mask = F.pad(mask, (0, tokens.shape[1]), value=True)[:, None, None]
+        condition = self.time(sinusoid(time * TIMESTEPS, self.width)) + self.pooled(pooled)
+
+        tokens = torch.cat([text.to(tokens.dtype), tokens], 1)
+        for block in self.blocks:
+            tokens = block(tokens, condition, mask)
+        tokens = tokens[:, text.shape[1] :]
+
+        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, -1)
+        out = self.unembed(self.norm(tokens) * (1 + scale) + shift)
+        return self.unpatchify(out, grid)[..., : size[0], : size[1], : size[2]]
+
+    def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """Latents to (B, N, values of a patch) and the grid (f, h, w) of patches, N = f h w."""
+        t, h, w = self.patch
+        frames, rows, columns = x.shape[2:]
+        x = F.pad(x, (0, -columns % w, 0, -rows % h, 0, -frames % t), mode="replicate")
+        batch, channels, frames, rows, columns = x.shape
+        grid = frames // t, rows // h, columns // w
+        x = x.view(batch, channels, grid[0], t, grid[1], h, grid[2], w)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3), grid
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        (f, h, w), (pt, ph, pw) = grid, self.patch
+        x = x.view(x.shape[0], f, h, w, -1, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return x.reshape(x.shape[0], -1, f * pt, h * ph, w * pw)
+
+
+def sinusoid(values: Tensor, width: int) -> Tensor:
+    """The sine-cosine encoding of (N,) values: (N, width), width even; periods from 2 pi up."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=values.device) * (-math.log(10_000) / half))
+    angles = values.float()[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def positions(grid: tuple[int, int, int], width: int) -> Tensor:
+    """Where each patch of a grid stands: (N, width), the axes' encodings side by side."""
+    third = 2 * (width // 6)
+    axes = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+    shares = (width - 2 * third, third, third)
+    return torch.cat([sinusoid(axis.flatten(), n) for axis, n in zip(axes, shares)], 1)
+
+
+def build(config: ModelConfig) -> VideoDiT:
+    """A new model with weights from torch's global generator."""
+    return {"dit": VideoDiT}[config.model.kind](config)
+
+
+def save(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Writes a model's state and config into an existing folder."""
+    state = {name: value.contiguous() for name, value in state.items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> tuple[VideoDiT, ModelConfig]:
+    """The model of an export or of a checkpoint, on the CPU, ready to sample. Raises
+    FileNotFoundError."""
+    config = ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
+    model = build(config)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.eval(), config

@@ -1,0 +1,287 @@
+"""Trains a video model on the latents of an index: `python -m trainer.train --config FILE.json`.
+
+Exit codes: 0 trained, or stopped by SIGTERM and saved; 1 the loss is no number any more; 2 the
+settings, the index or a checkpoint cannot be used. The same command again goes on from the newest
+checkpoint in `output`, bit for bit on the same machine and number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch import Tensor, nn
+
+from manifests.shards import Index, ShardError
+from trainer import checkpoint as checkpoints
+from trainer import objectives
+from trainer.checkpoint import CheckpointError
+from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
+from trainer.data import Batch, Loader, check_expected, keyed
+from trainer.models import build, tokenise
+
+# Noise makes gradients noisy, and runs of a few hundred steps are over before 0.999 has settled.
+BETAS = (0.9, 0.99)
+
+
+class Diverged(Exception):
+    """The loss is no finite number."""
+
+
+def train(settings: TrainSettings) -> Path:
+    """Trains to `settings.steps` and returns the folder of the last checkpoint.
+
+    Raises SettingsError, ShardError, CheckpointError before the first step, ShardError and Diverged
+    at any.
+    """
+    # ------------------------------------------------------------------------- data and processes
+    index = Index.open(settings.index)
+    check_expected(settings.expect, index.spec)
+    accelerator = start(settings)
+    device, world = accelerator.device, accelerator.num_processes
+    say = accelerator.on_main_process(lambda line: print(line, file=sys.stderr, flush=True))
+    pin = device.type == "cuda"
+    loader = Loader(index, settings, accelerator.process_index, world, pin)
+
+    # ------------------------------------------------------------------------- model and optimiser
+    config = ModelConfig(
+        model=settings.model,
+        text=settings.text,
+        objective=settings.objective,
+        schedule=settings.schedule,
+        shape=loader.shape,
+        latents=index.spec.to_json(),
+    )
+    set_seed(settings.seed)
+    model = build(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    groups = decayed(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, BETAS)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    # ------------------------------------------------------------------------- resume
+    step, position, folder = 0, loader.start(), settings.output
+    if found := checkpoints.latest(settings.output):
+        checkpoints.restore(accelerator, found, config)
+        for group, fresh in zip(optimizer.param_groups, groups):
+            group["weight_decay"] = fresh["weight_decay"]  # as set now, not as saved
+        step, folder = found.step, found.folder
+        position, note = loader.resume(found.position)
+        say(f"goes on from {folder}" + f": {note}" * bool(note))
+    accelerator.init_trackers("train", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    say(
+        f"{len(loader)} clips of {list(loader.shape)}, {parameters:,} parameters, {world} x "
+        f"{device.type}, mixed precision {accelerator.mixed_precision}, steps {step} to "
+        f"{settings.steps}"
+    )
+
+    # ------------------------------------------------------------------------- the loop
+    model.train()
+    meter = Meter()
+    with stop_signals() as stop, closing(loader.batches(position)) as batches:
+        stopped = False  # on any process, known to all
+        while step < settings.steps and not stopped:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            for _ in range(settings.gradient_accumulation):
+                with meter.waiting():
+                    batch = next(batches)
+                with accelerator.accumulate(model):
+                    losses = clip_losses(model, batch, settings, device)
+                    everyones, stopped = share(accelerator, losses, stop.is_set())
+                    check_finite(everyones, losses, batch, step)
+                    accelerator.backward(losses.mean())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                meter.add(everyones)
+            step, position = step + 1, batch.position
+
+            if step % settings.log_every == 0 or step == settings.steps:
+                values = {"lr": learning_rate(settings, step - 1), "grad_norm": float(norm)}
+                values = {**meter.read(), **values, "epoch": position.epoch}
+                accelerator.log(values, step=step)
+                say(line(step, settings.steps, values))
+            if step % settings.save_every == 0 or step == settings.steps or stopped:
+                folder = checkpoints.save(
+                    accelerator, settings.output, step, position, config, settings.keep
+                )
+
+    # ------------------------------------------------------------------------- the end
+    if step >= settings.steps:
+        checkpoints.export(accelerator, model, config, settings.output / "model")
+        say(f"trained {step} steps; the model is in {settings.output / 'model'}")
+    else:
+        say(f"stopped at step {step} of {settings.steps}: the same command goes on from there")
+    accelerator.end_training()
+    return folder
+
+
+# ----------------------------------------------------------------------------- parts of the loop
+
+
+def start(settings: TrainSettings) -> Accelerator:
+    """The processes, their device and precision. Raises SettingsError and CheckpointError."""
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"train.output cannot be written: {error}") from error
+    precision = settings.mixed_precision
+    if precision == "auto":
+        on_gpu = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bf16" if on_gpu else "no"
+    torch.set_float32_matmul_precision("high")  # TF32 where there is: what is left in float32
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            log_with="tensorboard",
+            project_config=ProjectConfiguration(
+                project_dir=str(settings.output), logging_dir=str(settings.output / "logs")
+            ),
+        )
+    except ValueError as error:
+        raise SettingsError(f"train.mixed_precision is {precision}: {error}") from error
+
+
+def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices, which decay, and vectors (biases, norms), which do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """The rate of the step after `step` steps: it rises in a line, then stays."""
+    return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
+
+
+def clip_losses(
+    model: nn.Module, batch: Batch, settings: TrainSettings, device: torch.device
+) -> Tensor:
+    """The loss of each clip (B,), its time and noise keyed on the visit."""
+    kind, seed = settings.objective, settings.seed
+    visits = list(zip(batch.epochs, batch.clip_ids))
+    x0 = batch.latents.to(device, non_blocking=True)
+    time = torch.stack(
+        [
+            objectives.draw_time(settings.density, kind, keyed("time", seed, epoch, clip))
+            for epoch, clip in visits
+        ]
+    ).to(device)
+    noise = torch.empty_like(x0)
+    for row, (epoch, clip) in zip(noise, visits):
+        row.normal_(generator=keyed("noise", seed, epoch, clip, str(device)))
+
+    a, s = objectives.path(kind, settings.schedule, time)
+    ids = tokenise(batch.captions, settings.text).to(device)
+    output = model(objectives.add_noise(x0, noise, a, s), time, ids)
+    wanted = objectives.target(kind, x0, noise, a, s)
+    weights = objectives.weight(kind, a, s, settings.min_snr_gamma)
+    return objectives.losses(output, wanted, weights)
+
+
+def share(accelerator: Accelerator, losses: Tensor, stop: bool) -> tuple[Tensor, bool]:
+    """The losses of all processes, and whether any was told to stop: one exchange for both, so
+    that all leave the loop at the same step."""
+    told = torch.full((1,), float(stop), device=losses.device)
+    everyones = accelerator.gather(torch.cat([losses.detach(), told])).view(-1, len(losses) + 1)
+    return everyones[:, :-1], bool(everyones[:, -1].any())
+
+
+def check_finite(everyones: Tensor, losses: Tensor, batch: Batch, step: int) -> None:
+    """Raises Diverged on all processes where a loss of any is no finite number."""
+    if everyones.isfinite().all():
+        return
+    bad = [clip for clip, fine in zip(batch.clip_ids, losses.isfinite().tolist()) if not fine]
+    raise Diverged(
+        f"the loss is no finite number at step {step + 1}, clips "
+        f"{', '.join(bad) or 'of another process'}: look at their latents, or train with a lower "
+        "train.learning_rate or in bf16 from the last checkpoint"
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set; a second signal acts as it would without us."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def told(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, told)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Meter:
+    """Loss, speed and waiting since it was last read."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.began, self.waited = time.perf_counter(), 0.0
+        self.losses: list[Tensor] = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def add(self, losses: Tensor) -> None:
+        self.losses.append(losses.flatten())
+
+    def read(self) -> dict[str, float]:
+        losses, elapsed = torch.cat(self.losses), time.perf_counter() - self.began
+        values = {
+            "loss": losses.mean().item(),
+            "clips_per_second": len(losses) / elapsed,
+            "data_wait": self.waited / elapsed,
+        }
+        self.reset()
+        return values
+
+
+def line(step: int, steps: int, values: dict[str, float]) -> str:
+    return (
+        f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+        f"grad {values['grad_norm']:.3f}  {values['clips_per_second']:.1f} clips/s  "
+        f"data wait {values['data_wait']:.0%}  epoch {values['epoch']}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.train", description=train.__doc__)
+    parser.add_argument("--config", required=True, type=Path, help="JSON file of the settings")
+    try:
+        folder = train(load_settings(parser.parse_args(arguments).config))
+    except (SettingsError, ShardError, CheckpointError, Diverged) as error:
+        print(f"vidpipe train: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Diverged) else 2
+    print(f"checkpoint: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
