@@ -128,7 +128,11 @@ def _build(
     lines: Mapping[tuple[Any, ...], str],
     context: Context,
 ) -> dict[str, AnyStage]:
-    settings = _validate(cls.Settings, {} if section is None else section, where, file, lines)
+    section = {} if section is None else section
+    if isinstance(section, dict):
+        base = Path(file).resolve().parent
+        section = {key: _from_file(value, base) for key, value in section.items()}
+    settings = _validate(cls.Settings, section, where, file, lines)
     return {cls.name: cls(settings, context)} if settings.enabled else {}
 
 
@@ -156,6 +160,14 @@ def _user_stage(
     if getattr(cls, "name", None) != name:
         raise ConfigError(f"{at}{use} calls itself {getattr(cls, 'name', None)!r}: use that key")
     return cls
+
+
+def _from_file(value: Any, base: Path) -> Any:
+    """Models and files in a stage's section are relative to vidpipe.yaml: workers run elsewhere.
+    Only what begins with ./ or ../ is taken for a path, since hub ids have slashes too."""
+    if isinstance(value, str) and value.startswith(("./", "../", "~/")):
+        return str((base / Path(value).expanduser()).resolve())
+    return value
 
 
 def _absolute(path: str, base: Path) -> str:

@@ -53,21 +53,21 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
     # The C++ side of the driver writes its messages straight to stderr, amid the progress.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    private: dict[str, Any] = {
+    # Stages of the user's own are modules beside vidpipe.yaml. A private Ray hands its workers this
+    # process' environment; a runtime_env would do it too, and cost each worker a second start.
+    path = os.pathsep.join(filter(None, (str(base), os.environ.get("PYTHONPATH"))))
+    options: dict[str, Any] = {
         "address": "local",
         "num_cpus": cores(),
         "object_store_memory": OBJECT_STORE_BYTES,
         "include_dashboard": True,
     }
+    if run.address is not None:
+        runtime_env = {"env_vars": {"PYTHONPATH": path}}
+        options = {"address": run.address, "runtime_env": runtime_env}
     try:
-        with _muted_stderr():
-            context = ray.init(
-                **(private if run.address is None else {"address": run.address}),
-                # Stages of the user's own are modules beside vidpipe.yaml.
-                runtime_env={"env_vars": {"PYTHONPATH": _python_path(base)}},
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        with _environment("PYTHONPATH", path), _muted_stderr():
+            context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
         where = run.address or "this machine"
         raise RunError(f"Ray can't be started on {where}: {error}") from error
@@ -309,8 +309,17 @@ def _muted_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _python_path(base: Path) -> str:
-    return os.pathsep.join(filter(None, (str(base), os.environ.get("PYTHONPATH"))))
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _first_line(error: BaseException) -> str:

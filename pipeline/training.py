@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from manifests.shards import Index
 from pipeline import index
@@ -17,6 +17,7 @@ from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import status
 from pipeline.report import describe
+from stages.encode import Encode
 
 
 def settings(
@@ -58,10 +59,7 @@ def train(pipeline: Pipeline, steps: int | None = None, output: str | None = Non
 
 def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | None = None) -> int:
     """Samples `prompts` with a checkpoint (default: the last one) to a GIF, mp4 or PNG."""
-    from stages.models import resolve
-
-    encode = pipeline.stages["encode"].settings
-    folder = resolve(encode.vae, encode.revision, encode.subfolder)
+    folder = cast(Encode, pipeline.stages["encode"]).folder()
     place = checkpoint or settings(pipeline)["output"]
     named = [part for prompt in prompts for part in ("--prompt", prompt)]
     return _call("trainer.sample", "--checkpoint", place, "--vae", folder, "--out", out, *named)

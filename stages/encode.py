@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from pydantic import Field
 from manifests.shards import LATENTS, LatentSpec
 from stages.base import Failed, Outcome, Rejected, Resources, Row, Speed, Stage, StageSettings
 from stages.frames import Clip, TooShort, VideoError, local_path, read_clip
-from stages.models import check, model_identity, resolve
+from stages.models import model_identity, resolve
 from stages.vaes import Vae, shape_of
 
 if TYPE_CHECKING:
@@ -23,9 +24,12 @@ CLIPS_AHEAD = 4
 
 
 class EncodeSettings(StageSettings):
-    vae: str = Field("demo://vae", description="diffusers folder, hub id or demo://vae")
-    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
-    subfolder: str | None = Field(None, description="of the folder or hub id, often `vae`")
+    # These three name the model; what tells it apart is its content (identity).
+    vae: Speed[str] = Field("demo://vae", description="diffusers folder, hub id or demo://vae")
+    revision: Speed[str | None] = Field(None, description="of a hub id: branch, tag or commit")
+    subfolder: Speed[str | None] = Field(
+        None, description="of the folder or hub id; a pipeline's own folder has it in `vae`"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the VAE and of the latents as stored"
     )
@@ -63,16 +67,22 @@ class Encode(Stage[EncodeSettings, Vae]):
         return self.settings.device in ("auto", "cuda")
 
     def identity(self) -> dict[str, Any]:
-        model = model_identity(self.settings.vae, self.settings.revision, self.settings.subfolder)
+        model = model_identity(self.settings.vae, self.settings.revision, self._subfolder)
         sampling = self.context.sampling.model_dump(mode="json")
         return {**super().identity(), "model": model, "sampling": sampling}
 
+    @property
+    def _subfolder(self) -> str | None:
+        whole = Path(self.settings.vae, "model_index.json").is_file()
+        return self.settings.subfolder or ("vae" if whole else None)
+
+    def folder(self) -> str:
+        """Where the VAE lies, fetched first if it has to be. Raises StageError."""
+        return resolve(self.settings.vae, self.settings.revision, self._subfolder)
+
     def check(self) -> None:
-        s = self.settings
-        check(s.vae)
         sampling = self.context.sampling
-        folder = resolve(s.vae, s.revision, s.subfolder)
-        shape_of(folder).check(sampling.frames, sampling.height, sampling.width)
+        shape_of(self.folder()).check(sampling.frames, sampling.height, sampling.width)
 
     def setup(self) -> Vae:
         import torch
@@ -81,7 +91,7 @@ class Encode(Stage[EncodeSettings, Vae]):
         device = s.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Vae(resolve(s.vae, s.revision, s.subfolder), s.dtype, device)
+        return Vae(self.folder(), s.dtype, device)
 
     def metadata(self, model: Vae) -> dict[str, Any]:
         spec = LatentSpec(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.base import StageError
+from stages.remember import remembered
 
 DEMO = "demo://"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -96,8 +97,12 @@ def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
     target = Path(path).resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
-    with target.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def find() -> str:
+        with target.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return str(remembered(["sha256", str(target), size, mtime_ns], find))
 
 
 def _local(spec: str) -> Path | None:
