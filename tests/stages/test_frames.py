@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import csv
+from bisect import bisect_right
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from numbered import make, number, numbers
+
+from stages.base import Context, Sampling
+from stages.frames import (
+    TooShort,
+    VideoError,
+    local_path,
+    picks,
+    read_clip,
+    sample_few,
+    seed_picks,
+)
+from stages.video import opened, section, timeline
+
+NTSC = Fraction(30000, 1001)
+TV = Sampling(fps=16, frames=32, size=64)
+
+
+def steady(count: int, fps: float) -> tuple[list[float], float]:
+    return [i / fps for i in range(count)], count / fps
+
+
+@pytest.mark.parametrize(
+    ("fps", "count", "length"),
+    [
+        (30, 120, 64),
+        (30, 119, 63),
+        (29.97, 120, 64),
+        (30.000001, 120, 63),
+        (24, 96, 64),
+        (25, 100, 64),
+        (10, 40, 64),
+        (10, 39, 62),
+        (30, 1, 0),
+    ],
+)
+def test_the_seed_policy_is_vid_gens(fps: float, count: int, length: int) -> None:
+    times, end = steady(count, fps)
+    assert len(picks(times, end, Sampling(policy="seed"), rate=fps)) == length
+
+
+def test_the_seed_policys_indices() -> None:
+    picked = seed_picks(120, 30, Sampling())
+    assert picked[:4] == [0, 1, 3, 5]
+    assert picked[-1] == 119
+    assert seed_picks(64, 16, Sampling()) == list(range(64))
+    assert len(set(seed_picks(40, 10, Sampling()))) == 40
+
+
+@pytest.mark.parametrize(
+    ("fps", "count", "length"),
+    [
+        (30, 120, 64),
+        (30, 119, 64),  # the 64th moment is at 3.9375 s, and 119 frames last 3.967 s
+        (30, 118, 63),
+        (29.97, 120, 64),
+        (30.000001, 120, 64),
+        (24, 96, 64),
+        (25, 100, 64),
+        (16, 64, 64),
+        (16, 63, 63),
+        (10, 40, 64),
+        (10, 39, 63),
+        (30, 1, 1),
+    ],
+)
+def test_the_time_policy_picks_the_frame_on_show(fps: float, count: int, length: int) -> None:
+    times, end = steady(count, fps)
+    picked = picks(times, end, Sampling())
+    assert picked == [floor(k * fps / 16 + 1e-5) for k in range(length)]
+
+
+@pytest.mark.parametrize("fps", [23.976, 24, 25, 29.97, 30, 30.000001, 29.999999, 48, 60])
+def test_sampling_at_about_its_own_rate_takes_each_frame_once(fps: float) -> None:
+    times, end = steady(90, fps)
+    assert picks(times, end, Sampling(fps=round(fps, 3), frames=90)) == list(range(90))
+
+
+@pytest.mark.parametrize("fps", [24, float(NTSC), 30, 60])
+def test_timestamps_rounded_to_milliseconds_lose_no_frame(fps: float) -> None:
+    times = [round(i / fps, 3) for i in range(90)]
+    end = round(times[-1] + 1 / fps, 3)
+    assert picks(times, end, Sampling(fps=fps, frames=1000), slack=0.0005) == list(range(90))
+
+
+def test_a_frame_is_shown_until_the_next() -> None:
+    times = [0.0, 1.0, 1.1, 3.0]
+    assert picks(times, 3.6, Sampling(fps=2, frames=9)) == [0, 0, 1, 2, 2, 2, 3, 3]
+    assert picks(times, 3.6, Sampling(fps=2, frames=3), t0=1.05) == [1, 2, 2]
+
+
+VIDEOS: list[tuple[str, str, Fraction | int, dict[str, str]]] = [
+    ("libx264", "mp4", 24, {"g": "12"}),
+    ("libx264", "mp4", 25, {"g": "250", "bf": "3"}),
+    ("libx264", "mkv", NTSC, {"g": "1"}),
+    ("libx264", "mkv", 30, {"g": "15", "bf": "2", "x264-params": "open-gop=1"}),
+    ("libx264", "mp4", 60, {"g": "30"}),
+    ("libx264", "ts", 25, {"g": "12", "bf": "2"}),
+    ("libx264", "avi", 25, {"g": "12", "bf": "2"}),
+    ("libx264", "h264", 25, {"g": "12", "bf": "2"}),
+    ("libx265", "mp4", 30, {"g": "20", "bf": "2"}),
+    ("libx265", "mkv", NTSC, {"g": "250"}),
+    ("libvpx-vp9", "webm", 30, {"g": "30"}),
+    ("libvpx", "webm", 24, {"auto-alt-ref": "1", "lag-in-frames": "8"}),
+    ("libsvtav1", "mp4", 25, {"g": "25"}),
+    ("libsvtav1", "webm", NTSC, {"g": "60"}),
+    ("mpeg4", "mp4", 30, {"bf": "2", "q": "3"}),
+    ("mpeg4", "avi", 25, {"bf": "2"}),
+    ("mpeg2video", "mpg", 25, {"bf": "2", "g": "12"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "fps", "options"), VIDEOS, ids=[f"{c}-{s}-{f}" for c, s, f, _ in VIDEOS]
+)
+def test_every_frame_is_the_one_asked_for(
+    tmp_path: Path, codec: str, suffix: str, fps: Fraction | int, options: dict[str, str]
+) -> None:
+    path = str(make(tmp_path / f"a.{suffix}", floor(2.5 * fps), fps, codec, **options))
+    clip = read_clip(path, TV)
+    assert numbers(clip.frames) == [floor(Fraction(k, 16) * fps) for k in range(32)]
+    assert clip.times == pytest.approx([n / fps for n in numbers(clip.frames)], abs=0.00051)
+    # A part of it: from the 30th frame on, by seeking where the container can.
+    part = read_clip(path, Sampling(fps=8, frames=4, size=64), start=float(30 / fps))
+    assert numbers(part.frames) == [30 + floor(Fraction(k, 8) * fps) for k in range(4)]
+    # Packets and frames tell the same.
+    with opened(path) as video:
+        line = timeline(video)
+        slack = video.slack
+    assert len(line.times) == floor(2.5 * fps)
+    assert [line.times[i] for i in picks(line.times, line.end, TV, slack=slack)] == clip.times
+
+
+def test_irregular_frames_are_shown_until_the_next(tmp_path: Path) -> None:
+    pts = [0, 17, 350, 360, 1500, 1600, 1633, 1700]
+    for suffix in ("mp4", "mkv"):
+        path = str(make(tmp_path / f"a.{suffix}", 8, codec="libx264", pts=pts))
+        clip = read_clip(path, Sampling(fps=10, frames=17, size=64))
+        assert numbers(clip.frames) == [bisect_right(pts, k * 100) - 1 for k in range(17)]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_time_counts_from_the_first_frame_wherever_the_clock_starts(
+    tmp_path: Path, suffix: str
+) -> None:
+    pts = [5000 + 40 * i for i in range(50)]
+    path = str(make(tmp_path / f"a.{suffix}", 50, pts=pts))
+    clip = read_clip(path, Sampling(fps=5, frames=9, size=64))
+    assert numbers(clip.frames) == [5 * k for k in range(9)]
+    assert clip.times[:3] == pytest.approx([0, 0.2, 0.4], abs=0.0005)
+    later = read_clip(path, Sampling(fps=5, frames=3, size=64), start=1.0)
+    assert numbers(later.frames) == [25, 30, 35]
+
+
+def test_a_part_ends_where_it_says(tmp_path: Path) -> None:
+    path = str(make(tmp_path / "a.mp4", 100, 25, g="12", bf="2"))
+    sampling = Sampling(fps=25, frames=25, size=64)
+    assert numbers(read_clip(path, sampling, 1.0, 2.0).frames) == list(range(25, 50))
+    with pytest.raises(TooShort) as short:
+        read_clip(path, sampling, 1.0, 1.8)
+    assert (short.value.have, short.value.want) == (20, 25)
+    # Millisecond times in tables: 1.3333 s written 1.333 is the frame that begins there.
+    path = str(make(tmp_path / "b.mp4", 90, 30))
+    assert number(read_clip(path, Sampling(frames=1, size=64), 1.333, 2).frames[0]) == 40
+    assert number(read_clip(path, Sampling(frames=1, size=64), 1.33, 2).frames[0]) == 39
+    with pytest.raises(VideoError, match=r"starts at 5\.000 s") as outside:
+        read_clip(path, sampling, 5.0)
+    assert outside.value.error == "empty_section"
+
+
+def test_a_short_clip_is_rejected_padded_or_repeated(tmp_path: Path) -> None:
+    path = str(make(tmp_path / "a.mp4", 25, 25))
+    with pytest.raises(TooShort, match="16 of 32 frames"):
+        read_clip(path, TV)
+    padded = read_clip(path, TV.model_copy(update={"short": "pad"}))
+    assert (padded.length, len(padded.frames)) == (16, 32)
+    assert not padded.frames[16:].any()
+    repeated = read_clip(path, TV.model_copy(update={"short": "repeat"}))
+    assert repeated.length == 16
+    assert set(numbers(repeated.frames[16:])) == {number(repeated.frames[15])}
+
+
+def test_the_seed_policy_reads_those_frames(tmp_path: Path) -> None:
+    path = str(make(tmp_path / "a.mp4", 70, 30, bf="2"))
+    seed = TV.model_copy(update={"policy": "seed"})
+    clip = read_clip(path, seed)
+    assert numbers(clip.frames) == seed_picks(70, 30, seed)
+    assert clip.fps == pytest.approx(31 / (59 / 30))
+    with pytest.raises(TooShort) as short:
+        read_clip(path, seed, 1.0)
+    assert short.value.have == floor(16 * 40 / 30)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_again_gives_the_same(tmp_path: Path, threads: int) -> None:
+    path = str(make(tmp_path / "a.mp4", 60, 25, bf="2"))
+    first, again = read_clip(path, TV), read_clip(path, TV, threads=threads)
+    assert np.array_equal(first.frames, again.frames)
+    assert first.times == again.times
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_damage_fails_the_clips_that_need_it_and_no_other(tmp_path: Path, threads: int) -> None:
+    path = make(tmp_path / "a.mp4", 200, 25, g="25", container={"movflags": "faststart"})
+    with opened(str(path)) as video:
+        packets = [p for p in video.container.demux(video.stream) if p.size]
+        hit = packets[60]  # 2.4 s
+        at, size = hit.pos, hit.size
+    data = bytearray(path.read_bytes())
+    data[at : at + size] = b"\xff" * size
+    path.write_bytes(data)
+    sampling = Sampling(fps=25, frames=25, size=64)
+    assert numbers(read_clip(str(path), sampling, 1.0, 2.1, threads).frames) == list(range(25, 50))
+    with pytest.raises(VideoError) as damaged:
+        read_clip(str(path), sampling, 2.0, 3.5, threads)
+    assert damaged.value.error == "decode_error"
+    assert numbers(read_clip(str(path), sampling, 3.2, None, threads).frames) == list(
+        range(80, 105)
+    )
+
+
+def test_a_url_reads_as_a_file_does(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mp4", 60, 25)
+    with fsspec.open("memory://run/clips/a.mp4", "wb") as file:
+        file.write(path.read_bytes())
+    url = local_path("clips/a.mp4", Context("memory://run"))
+    assert np.array_equal(read_clip(url, TV).frames, read_clip(str(path), TV).frames)
+
+
+def test_paths_of_rows(tmp_path: Path) -> None:
+    context = Context("/work/dir/")
+    assert local_path("download/a.mp4", context) == "/work/dir/download/a.mp4"
+    assert local_path("/data/a.mp4", context) == "/data/a.mp4"
+    assert local_path("x/a.mp4", Context("s3://bucket/run")) == "s3://bucket/run/x/a.mp4"
+    odd = make(tmp_path / "id_00:00:01.5_00:00:03.mp4", 60, 25)
+    assert read_clip(str(odd), TV).length == 32
+
+
+def test_few_frames_for_scoring(tmp_path: Path) -> None:
+    path = str(make(tmp_path / "a.mp4", 100, 25, g="10"))
+    few = sample_few(path, 5, 64, gap=0.2)
+    assert numbers(few.frames) == [10, 30, 50, 70, 90]
+    assert numbers(few.later) == [15, 35, 55, 75, 95]
+    assert numbers(sample_few(path, 1, 64, 2.0, 3.0).frames) == [62]
+    # In a clip shorter than the gap, the last frame is compared.
+    tiny = sample_few(path, 2, 64, 2.0, 2.12, gap=0.2)
+    assert (numbers(tiny.frames), numbers(tiny.later)) == ([50, 50], [52, 52])
+
+
+def real(shared: Path, ok: str) -> list[dict[str, Any]]:
+    with (shared / "SOURCES.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "video"]
+    return [row for row in rows if row["expected_ok"] == ok]
+
+
+def test_real_videos_of_four_seconds_give_64_frames(shared_data: Path) -> None:
+    enough = 0
+    for row in real(shared_data, "yes"):
+        path = str(shared_data / row["path"])
+        with opened(path) as video:
+            line = timeline(video)
+            part = section(line, None, None)
+            expected = picks(line.times, part.t1, Sampling(), slack=video.slack)
+        if part.t1 - part.t0 >= 4:
+            clip = read_clip(path, Sampling(size=32))
+            assert clip.times == [line.times[i] for i in expected], path
+            enough += 1
+        else:
+            with pytest.raises(TooShort) as short:
+                read_clip(path, Sampling(size=32))
+            assert short.value.have == len(expected), path
+    assert enough == 18
+
+
+def test_real_broken_files_say_what_is_wrong(shared_data: Path) -> None:
+    errors = {}
+    for row in real(shared_data, "no"):
+        with pytest.raises(VideoError) as error:
+            read_clip(str(shared_data / row["path"]), Sampling(size=32))
+        errors[Path(row["path"]).stem] = error.value.error
+        assert not {"Errno", "/", "avcodec"} & set(str(error.value).split())
+    assert errors == {
+        "broken_zero_length": "empty_file",
+        "broken_lfs_pointer": "not_a_video",
+        "broken_decord_corrupted": "decode_error",
+        "broken_chunk_out_of_range": "bad_header",
+        "broken_header_only": "no_frames",
+        "broken_vp9_invalid_bitstream": "decode_error",
+        "broken_no_streams": "not_a_video",
+        "novideo_audio_only": "no_video_stream",
+    }
