@@ -1,0 +1,176 @@
+"""probe: what a video is, from its header and its packets; one picture is decoded, for a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from stages.base import Failed, Outcome, Row, Sampling, Stage, StageSettings
+from stages.frames import local_path, picks
+from stages.picture import display_matrix, quarter_turned
+from stages.video import Timeline, Video, VideoError, opened, section, timeline, translated
+
+# A gap between frames is irregular from this share of the median on (and beyond rounding).
+IRREGULAR = 0.1
+
+
+class ProbeSettings(StageSettings):
+    tolerance: float = Field(
+        0.1, ge=0, le=1, description="share of the header's length that may be missing"
+    )
+
+
+class Probe(Stage[ProbeSettings, None]):
+    """Facts about each clip. Broken, encrypted and truncated files fail here, with the reason.
+
+    `num_frames`, `duration`, `fps`, `vfr`, `len` are of the clip (`start`..`end`), counted from
+    presentation timestamps: the header's claims stand beside them. `len`: frames that sampling
+    finds. `width` and `height` are as shown, after rotation, in the video's own pixels.
+    """
+
+    name = "probe"
+    Settings = ProbeSettings
+    reads = ("content", "start", "end")
+    carries = ("path",)
+    adds = pa.schema(
+        [
+            ("codec", pa.string()),
+            ("pix_fmt", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("rotation", pa.int32()),  # degrees counter-clockwise that show it upright
+            ("fps", pa.float64()),  # frames over seconds
+            ("fps_nominal", pa.float64()),  # the header's average; null where it has none
+            ("num_frames", pa.int64()),
+            ("num_frames_header", pa.int64()),  # of the whole file; null where it has none
+            ("duration", pa.float64()),  # seconds
+            ("start_time", pa.float64()),  # of the first frame, seconds after the file's start
+            ("vfr", pa.bool_()),
+            ("has_audio", pa.bool_()),
+            ("video_streams", pa.int32()),
+            ("len", pa.int32()),
+        ]
+    )
+    default_batch = 64
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "sampling": self.context.sampling.times()}
+
+    def process(self, rows: list[Row], model: None) -> list[Outcome]:
+        return [self._row(row) for row in rows]
+
+    def _row(self, row: Row) -> Outcome:
+        path = local_path(row["path"], self.context)
+        try:
+            return probed(
+                path, self.context.sampling, row["start"], row["end"], self.settings.tolerance
+            )
+        except VideoError as error:
+            return Failed(error.error, str(error))
+
+
+def probed(
+    path: str, sampling: Sampling, start: float | None, end: float | None, tolerance: float
+) -> Row:
+    """The columns of `Probe.adds` for one clip. Raises VideoError."""
+    with opened(path) as video:
+        line = timeline(video, start, end)
+        if start is None and end is None:
+            complete(video, line, tolerance)
+        part = section(line, start, end)
+        look = first_picture(video, line.first_key)
+        times = line.times[part.first : part.last]
+        rate = video.stream.average_rate
+        nominal = float(rate) if rate else None
+        picked = picks(times, part.t1, sampling, part.t0, video.slack, nominal)
+        return {
+            "codec": video.stream.codec_context.codec.canonical_name,
+            "pix_fmt": look.pix_fmt,
+            "width": look.width,
+            "height": look.height,
+            "rotation": look.rotation,
+            "fps": len(times) / (part.t1 - part.t0),
+            "fps_nominal": nominal,
+            "num_frames": len(times),
+            "num_frames_header": video.stream.frames or None,
+            "duration": part.t1 - part.t0,
+            "start_time": times[0],
+            "vfr": irregular(times, video.slack),
+            "has_audio": bool(video.container.streams.audio),
+            "video_streams": len(video.container.streams.video),
+            "len": len(picked),
+        }
+
+
+def complete(video: Video, line: Timeline, tolerance: float) -> None:
+    """Raises VideoError where packets are missing that the header promises: a file cut short
+    keeps the header of the whole."""
+    stream = video.stream
+    promised = stream.frames
+    if promised and not line.packets:
+        raise VideoError("no_frames", f"its header promises {promised} frames; there are none")
+    if promised and line.packets < (1 - tolerance) * promised:
+        raise VideoError("truncated", f"the file has {line.packets} of {promised} frames")
+    if promised or not line.times:
+        return
+    length = (video.container.duration or 0) / 1_000_000
+    if length and line.end < (1 - tolerance) * length:
+        # Sound may go on when the picture ends, so the last packet of any stream decides.
+        reached = last_moment(video)
+        if reached < (1 - tolerance) * length:
+            raise VideoError("truncated", f"the file has {reached:.1f} of {length:.1f} seconds")
+
+
+def last_moment(video: Video) -> float:
+    """When the last packet of any stream ends, seconds."""
+    video.container.seek(0)
+    return max(
+        float((packet.pts + (packet.duration or 0)) * packet.time_base) - video.origin
+        for packet in video.container.demux()
+        if packet.pts is not None
+    )
+
+
+def irregular(times: list[float], slack: float) -> bool:
+    """Whether frames come at a variable rate: one gap differs from the median by over 10%."""
+    gaps = [b - a for a, b in pairwise(times)]
+    if not gaps:
+        return False
+    usual = median(gaps)
+    return any(abs(gap - usual) > IRREGULAR * usual + 2 * slack for gap in gaps)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a video shows: its size upright, and what was turned for it."""
+
+    width: int
+    height: int
+    rotation: int
+    pix_fmt: str
+
+
+def first_picture(video: Video, packet: Any) -> Look:
+    """Decodes one key frame, alone: that tells the rotation, which PyAV says of frames only, and
+    that the codec works. Raises VideoError: decode_error."""
+    import av
+
+    codec = video.stream.codec_context
+    frames: list[Any] = []
+    if packet is not None:
+        # A bare copy: on the packet itself an edit list may say that its frame is not shown.
+        try:
+            frames = codec.decode(av.Packet(bytes(packet))) or codec.decode(None)
+        except av.error.FFmpegError as error:
+            raise translated(error) from error
+    if not frames:
+        return Look(codec.width, codec.height, 0, codec.pix_fmt or "")
+    frame = frames[0]
+    size = frame.width, frame.height
+    width, height = size[::-1] if quarter_turned(display_matrix(frame)) else size
+    return Look(width, height, frame.rotation, frame.format.name)
