@@ -157,14 +157,16 @@ class UnitView:
         return list(rows.values())
 
     def inputs(self, name: str, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
-        """`columns` of the rows at `rows`, with `clip_id` as the stage knows it."""
+        """`clip_id`, as the stage knows it, and `columns` of the rows at `rows`."""
+        own = {"clip_id": pa.array(self.ids(name, rows), pa.string())}
+        places = pa.array(rows, pa.int64())
+        return pa.table(own | {c: self.table.column(c).take(places) for c in columns})
+
+    def ids(self, name: str, rows: Sequence[int]) -> list[str]:
+        """The clip ids of the rows at `rows`, as the stage knows them."""
         self.settled(name)
         ids = self._ids(name)
-        table = self.table.select(list(columns)).take(pa.array(rows, pa.int64()))
-        own = pa.array([ids[i] for i in rows], pa.string())
-        if "clip_id" in table.column_names:
-            return table.set_column(table.column_names.index("clip_id"), "clip_id", own)
-        return table.add_column(0, "clip_id", own)
+        return [ids[i] for i in rows]
 
     def _settle_source(self) -> Settled:
         """The last word on each clip; rows that left the table are left out."""

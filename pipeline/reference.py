@@ -17,7 +17,8 @@ HEAD = """\
 # vidpipe.yaml
 
 Written from the code by `python -m pipeline.reference`; a test keeps it so. `vidpipe init` writes a
-file to start from. Paths that begin with ./ or ../ are relative to the file. Any setting can be overridden on the
+file to start from. Paths that begin with ./ or ../ are relative to the file. Any setting can be
+overridden on the
 command line: `--set encode.dtype=bfloat16`.
 
 *changes results*: part of the stage's fingerprint; another value makes other results, kept beside

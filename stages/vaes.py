@@ -129,7 +129,7 @@ class Vae:
             frames = x.flatten(0, 1).permute(0, 3, 1, 2)
             parts = [
                 self._half(self.module.encode(part), moments)
-                for part in torch.split(frames, pictures)  # type: ignore[no-untyped-call]
+                for part in torch.split(frames, pictures)
             ]
             latents = torch.cat(parts)
             by_clip = latents.reshape(*clips.shape[:2], *latents.shape[1:])  # (B, F, C, H, W)
