@@ -104,8 +104,10 @@ def scan(
         elif old.absent or old.key != row["row_key"]:
             changed += 1
             changes.setdefault(old.unit, []).append(row)
-    for batch in _batches(fresh, size or unit_size(new)):
-        unit = digest(["unit", *(row["clip_id"] for row in batch)])
+    first = len({old.unit for old in known.values()})
+    for number, batch in enumerate(_batches(fresh, size or unit_size(new)), first):
+        # Numbered, so that units sort as the source does; named by what is in them.
+        unit = f"{number:06d}-{digest(['unit', *(row['clip_id'] for row in batch)], 12)}"
         _commit(log, unit, batch, schema)
     gone = 0
     for clip, old in known.items():

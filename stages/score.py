@@ -52,6 +52,7 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
     name = "score"
     Settings = ScoreSettings
     reads = ("content", "start", "end")
+    after = ("probe",)  # what probe can't open need not fail twice
     carries = ("path",)
     default_batch = 16
 
