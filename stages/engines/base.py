@@ -1,0 +1,75 @@
+"""What a text engine is: prompts in, answers out, one for one. Knows nothing of clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    prompt: str
+    seed: int  # of this request alone, so that neighbours and order change nothing
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    max_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    tokens: int | None  # written, the end included; None where the server does not say
+    truncated: bool  # stopped by max_tokens, not by the model
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailure:
+    """No answer to one prompt. `error` is a class to count by, `message` a sentence."""
+
+    error: str
+    message: str
+
+
+Result = Answer | EngineFailure
+
+
+class Engine(Protocol):
+    label: str  # which model exactly, for the rows
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
+        """One result per request, in order."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds."""
+        ...
+
+
+def encode(tokenizer: Any, prompt: str, template_args: Mapping[str, Any]) -> list[int]:
+    """The prompt as token ids: through the model's chat template, or bare where it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer(prompt).input_ids)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        **template_args,
+    )
+    # The template has written the special tokens already.
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def too_long(tokens: int, max_tokens: int, room: int | None) -> EngineFailure | None:
+    """A failure where prompt and answer don't fit the model's context."""
+    if room is None or tokens + max_tokens <= room:
+        return None
+    return EngineFailure(
+        "prompt_too_long",
+        f"the prompt has {tokens} tokens; with max_tokens = {max_tokens} that is more than the "
+        f"{room} that the model takes",
+    )

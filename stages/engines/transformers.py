@@ -1,0 +1,159 @@
+"""Answers by transformers' own generate: for small models, on a CPU or one GPU.
+
+Sampling is Gumbel-max with a generator per request: an exact sample of the model's distribution
+that depends on the request's seed alone, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.base import StageError
+from stages.engines.base import (
+    Answer,
+    EngineFailure,
+    Request,
+    Result,
+    SamplingSettings,
+    encode,
+    too_long,
+)
+
+
+class GumbelChoice:
+    """A logits processor after which the argmax is a sample (Maddison et al. 2014, A* sampling)."""
+
+    def __init__(self, seeds: Sequence[int], sampling: SamplingSettings) -> None:
+        import torch
+        from transformers import TopPLogitsWarper
+
+        # On the CPU whatever the device: there is one stream of numbers for a seed.
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._temperature = sampling.temperature
+        self._top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        scores = scores.float() / self._temperature
+        if self._top_p is not None:
+            scores = self._top_p(input_ids, scores)
+        size = scores.shape[-1]
+        noise = torch.stack([torch.empty(size).exponential_(generator=g) for g in self._generators])
+        return scores - noise.to(scores.device).log()
+
+
+class TransformersEngine:
+    """A causal language model from a local folder. `batch`: prompts of one forward pass."""
+
+    def __init__(
+        self,
+        folder: str,
+        label: str,
+        dtype: str,
+        device: str,
+        batch: int,
+        template_args: Mapping[str, Any],
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        self.label = label
+        self._batch = batch
+        self._template_args = template_args
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise StageError(f"{folder} is no language model for transformers: {first}") from error
+        self._model = model.to(device).eval()
+        eos = model.generation_config.eos_token_id
+        eos = self._tokenizer.eos_token_id if eos is None else eos
+        self._eos: list[int] = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        pad = self._tokenizer.pad_token_id
+        self._pad: int = pad if pad is not None else self._eos[0] if self._eos else 0
+        # The folder's own defaults (top_k, penalties) would sample behind our back.
+        model.generation_config = GenerationConfig()
+        self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
+        prompts = [encode(self._tokenizer, r.prompt, self._template_args) for r in requests]
+        results: dict[int, Result] = {}
+        fits: list[int] = []
+        for i, prompt in enumerate(prompts):
+            failure = too_long(len(prompt), sampling.max_tokens, self._room)
+            if failure is None:
+                fits.append(i)
+            else:
+                results[i] = failure
+        # Prompts of a length together: less padding.
+        fits.sort(key=lambda i: (len(prompts[i]), i))
+        for start in range(0, len(fits), self._batch):
+            chosen = fits[start : start + self._batch]
+            answers = self._answer(
+                [prompts[i] for i in chosen], [requests[i].seed for i in chosen], sampling
+            )
+            results |= dict(zip(chosen, answers))
+        return [results[i] for i in range(len(requests))]
+
+    def _answer(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingSettings
+    ) -> list[Result]:
+        """One batch; in halves where it does not fit the GPU's memory."""
+        import torch
+
+        try:
+            return self._forward(prompts, seeds, sampling)
+        except torch.OutOfMemoryError as error:
+            if len(prompts) == 1:
+                return [EngineFailure("oom", f"out of GPU memory on one prompt: {error}")]
+        torch.cuda.empty_cache()
+        half = len(prompts) // 2
+        return [
+            *self._answer(prompts[:half], seeds[:half], sampling),
+            *self._answer(prompts[half:], seeds[half:], sampling),
+        ]
+
+    def _forward(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingSettings
+    ) -> list[Result]:
+        import torch
+        from transformers import GenerationConfig
+
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self._pad] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            do_sample=False,
+            eos_token_id=self._eos or None,
+            pad_token_id=self._pad,
+        )
+        choice = [GumbelChoice(seeds, sampling)] if sampling.temperature > 0 else []
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
+                generation_config=config,
+                logits_processor=choice,
+            )
+        return [self._result(row, sampling) for row in output[:, longest:].tolist()]
+
+    def _result(self, tokens: list[int], sampling: SamplingSettings) -> Result:
+        ends = [i for i, token in enumerate(tokens) if token in self._eos]
+        written = tokens[: ends[0]] if ends else tokens
+        text = self._tokenizer.decode(written, skip_special_tokens=True)
+        return Answer(text, len(written) + bool(ends), truncated=not ends)
+
+    def close(self) -> None:
+        import torch
+
+        del self._model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from web import Request as Web_Request
+from web import Web
+
+from stages.base import Context, Failed
+from stages.engines.base import Answer, EngineFailure, Request, SamplingSettings
+from stages.engines.openai import OpenAIEngine, chat_url, read_answer, said
+from stages.recaption import Recaption, RecaptionSettings
+
+SAMPLING = SamplingSettings(max_tokens=64, temperature=0.5, top_p=0.9)
+
+
+def completion(text: str | None, finish: str = "stop", tokens: int = 5) -> bytes:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
+
+
+def asked(request: Web_Request) -> dict[str, object]:
+    return json.loads(request.body)
+
+
+def prompt(request: Web_Request) -> str:
+    return asked(request)["messages"][0]["content"]
+
+
+def echo(request: Web_Request) -> None:
+    request.reply(200, completion(f"re: {prompt(request)}"))
+
+
+def engine(*urls: str, **changes: object) -> OpenAIEngine:
+    settings = {
+        "model": "served",
+        "label": "served",
+        "key": None,
+        "concurrency": 8,
+        "timeout": 20.0,
+        "retries": 2,
+        "backoff": 0.0,
+        "template_args": {},
+    }
+    return OpenAIEngine(urls, **{**settings, **changes})
+
+
+def ask(web: Web, *prompts: str, **changes: object) -> list[object]:
+    return engine(web.url, **changes).generate([Request(p, 7) for p in prompts], SAMPLING)
+
+
+def test_the_request_says_what_the_settings_say() -> None:
+    seen: list[dict[str, object]] = []
+    headers: list[str | None] = []
+
+    def answer(request: Web_Request) -> None:
+        seen.append(asked(request))
+        headers.append(request.headers.get("Authorization"))
+        request.reply(200, completion("A dog.", "length", 64))
+
+    with Web(answer) as web:
+        (got,) = ask(web, "dog", key="hunter2", template_args={"enable_thinking": False})
+        ask(web, "dog")
+    assert got == Answer("A dog.", 64, truncated=True)
+    expected = {
+        "model": "served",
+        "messages": [{"role": "user", "content": "dog"}],
+        "max_tokens": 64,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 7,
+    }
+    assert seen == [{**expected, "chat_template_kwargs": {"enable_thinking": False}}, expected]
+    assert headers == ["Bearer hunter2", None]
+    assert web.requests == ["POST /v1/chat/completions"] * 2
+
+
+@pytest.mark.parametrize("base", ["http://h:8000", "http://h:8000/", "http://h:8000/v1/"])
+def test_an_endpoint_may_end_with_the_version(base: str) -> None:
+    assert chat_url(base) == "http://h:8000/v1/chat/completions"
+
+
+def test_answers_stand_in_the_order_of_the_requests() -> None:
+    def answer(request: Web_Request) -> None:
+        time.sleep(0.05 if prompt(request).endswith("0") else 0)
+        echo(request)
+
+    prompts = [str(i) for i in range(30)]
+    with Web(answer) as web:
+        answers = ask(web, *prompts)
+    assert [a.text for a in answers] == [f"re: {p}" for p in prompts]
+
+
+def test_no_more_than_concurrency_at_once() -> None:
+    now = most = 0
+    lock = threading.Lock()
+
+    def answer(request: Web_Request) -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        echo(request)
+
+    with Web(answer) as web:
+        ask(web, *map(str, range(12)), concurrency=3)
+    assert most == 3
+
+
+def cut(request: Web_Request) -> None:
+    request.cut(200, b'{"choices": [', 5000)
+
+
+def slow(request: Web_Request) -> None:
+    time.sleep(1.0)
+    echo(request)
+
+
+FAULTS: dict[str, tuple[Callable[[Web_Request], None], str, int]] = {
+    # name: what the server does, the class of the failure, how often it is asked
+    "429": (lambda r: r.reply(429, b"slow down", Retry_After="0"), "http_429", 3),
+    "500": (lambda r: r.reply(500, b"<html>"), "http_500", 3),
+    "400": (lambda r: r.reply(400, b'{"error": {"message": "too long"}}'), "http_400", 1),
+    "401": (lambda r: r.reply(401, b'{"error": "no key"}'), "http_401", 1),
+    "cut": (cut, "network", 3),
+    "slow": (slow, "timeout", 3),
+    "not JSON": (lambda r: r.reply(200, b"<html>"), "bad_answer", 3),
+    "other JSON": (lambda r: r.reply(200, b'{"choices": []}'), "bad_answer", 3),
+    "a list": (lambda r: r.reply(200, b"[]"), "bad_answer", 3),
+    "nothing": (lambda r: r.reply(200, b""), "bad_answer", 3),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_one_request_and_a_passing_one_none(fault: str) -> None:
+    misbehave, error, times = FAULTS[fault]
+    counts: dict[str, int] = {}
+
+    def answer(request: Web_Request) -> None:
+        text = prompt(request)
+        n = counts[text] = counts.get(text, 0) + 1
+        if text == "doomed" or (text == "once" and n == 1 and times > 1):
+            misbehave(request)
+        else:
+            echo(request)
+
+    with Web(answer) as web:
+        fine, doomed, once = ask(web, "fine", "doomed", "once", timeout=0.3)
+    assert fine.text == "re: fine"
+    assert once.text == "re: once"
+    assert isinstance(doomed, EngineFailure)
+    assert doomed.error == error
+    assert counts["doomed"] == times
+
+
+def test_the_servers_own_words_are_told() -> None:
+    with Web(lambda r: r.reply(400, b'{"error": {"message": "prompt is\\ntoo long"}}')) as web:
+        (failure,) = ask(web, "dog")
+    assert failure.message.endswith("prompt is too long")
+    assert said(b'{"detail": "x"}') == '{"detail": "x"}'
+    assert said(b"\xff" * 900).__len__() == 300
+
+
+def test_endpoints_take_turns_and_stand_in_for_each_other() -> None:
+    with Web(echo) as a, Web(echo) as b:
+        both = engine(a.url, b.url).generate([Request(str(i), 0) for i in range(10)], SAMPLING)
+        assert (len(a.requests), len(b.requests)) == (5, 5)
+    assert all(isinstance(x, Answer) for x in both)
+    with Web(echo) as alive:
+        half = engine(a.url, alive.url).generate([Request(str(i), 0) for i in range(6)], SAMPLING)
+    assert [x.text for x in half] == [f"re: {i}" for i in range(6)]
+
+
+def test_nobody_there_is_a_failure_of_each_row() -> None:
+    with Web(echo) as web:
+        url = web.url
+    settings = RecaptionSettings(
+        engine="openai",
+        model="m",
+        endpoints=[f"{url}/v1"],
+        retries=1,
+        backoff=0,
+        prompt="{caption}",
+    )
+    stage = Recaption(settings, Context("/work"))
+    stage.check()
+    rows = [{"clip_id": str(i), "caption": "x"} for i in range(3)]
+    outcomes = stage.process(rows, stage.setup())
+    assert [type(o) for o in outcomes] == [Failed] * 3
+    assert {o.error for o in outcomes} == {"engine_unreachable"}
+
+
+def test_an_empty_answer_fails_its_row() -> None:
+    def answer(request: Web_Request) -> None:
+        request.reply(200, completion(None if prompt(request) == "none" else '"A dog."'))
+
+    with Web(answer) as web:
+        settings = RecaptionSettings(
+            engine="openai", model="m", endpoints=[web.url], prompt="{caption}"
+        )
+        stage = Recaption(settings, Context("/work"))
+        rows = [{"clip_id": c, "caption": c} for c in ("none", "dog")]
+        empty, fine = stage.process(rows, stage.setup())
+    assert isinstance(empty, Failed)
+    assert empty.error == "empty_answer"
+    assert (fine["recaption"], fine["recaption_model"]) == ("A dog.", "m")
+
+
+def test_no_message_bears_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDPIPE_TEST_KEY", "hunter2")
+    with Web(lambda r: r.reply(403, b"no")) as web:
+        host = web.url.removeprefix("http://")
+        settings = RecaptionSettings(
+            engine="openai",
+            model="m",
+            endpoints=[f"http://user:hunter2@{host}"],
+            retries=0,
+        )
+        stage = Recaption(settings, Context("/work"))
+        (outcome,) = stage.process([{"clip_id": "a", "caption": "x"}], stage.setup())
+    assert outcome.error == "http_403"
+    assert "hunter2" not in str(outcome)
+
+
+def test_a_server_may_leave_out_the_usage() -> None:
+    assert read_answer(b'{"choices": [{"message": {"content": "x"}}]}') == Answer("x", None, False)
