@@ -36,17 +36,8 @@ from stages.base import (
     StageError,
     StageSettings,
 )
-from stages.transfer import (
-    Limits,
-    Open,
-    TransferError,
-    driver_faults,
-    from_fs,
-    from_http,
-    from_zip,
-    redact,
-    store,
-)
+from stages.openers import driver_faults, from_fs, from_http, from_zip
+from stages.transfer import Limits, Open, TransferError, redact, store
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DRIVERS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}

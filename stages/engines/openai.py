@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.engines.base import Answer, EngineFailure, Request, Result, SamplingSettings
-from stages.transfer import LONGEST_WAIT, redact, retry_after
+from stages.openers import retry_after
+from stages.transfer import LONGEST_WAIT, redact
 
 
 @dataclass(frozen=True)
