@@ -12,6 +12,7 @@ measure them: changing a threshold here measures nothing again.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import functools
 import json
@@ -129,6 +130,8 @@ def check_rules(rules: Mapping[str, str], columns: pa.Schema) -> list[Rule]:
 def _database() -> Any:
     import duckdb
 
+    # Held until the interpreter is torn down, it would be reported as leaked, on stderr.
+    atexit.register(_database.cache_clear)
     return duckdb.connect(":memory:", config=_CONFIG)
 
 

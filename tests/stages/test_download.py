@@ -345,7 +345,7 @@ def test_silence_is_a_timeout(folders: Context) -> None:
         released.wait(20)
 
     with Web(answer) as web:
-        (outcome,) = download(folders, f"{web.url}/a.mp4", timeout=0.2, retries=1)
+        (outcome,) = download(folders, f"{web.url}/a.mp4", timeout=0.5, retries=1)
         released.set()
         assert failure(outcome) == "timeout"
         assert len(web.requests) == 2

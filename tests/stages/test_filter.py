@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -179,3 +182,19 @@ def test_the_order_of_rules_is_in_the_fingerprint() -> None:
     assert make(**a).fingerprint != make(**b).fingerprint
     assert make(**a).fingerprint == make(bind=False, **a).fingerprint
     assert make(**a).fingerprint != make(x="len > 2", y="fps > 1").fingerprint
+
+
+def test_the_database_leaves_without_a_word() -> None:
+    script = """
+from stages.base import Context
+from stages.filter import Filter, FilterSettings
+print(Filter(FilterSettings(rules={"a": "x > 1"}), Context("/w")).process([{"x": 2}]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("[{}]\n", "")
