@@ -232,9 +232,13 @@ class Download(Stage[DownloadSettings, None]):
             *(functools.partial(self._single, uri, place) for uri, place in singles),
             *(functools.partial(self._members, *job) for job in archives.items()),
         ]
-        with ThreadPoolExecutor(self.settings.connections) as pool:
+        pool = ThreadPoolExecutor(self.settings.connections)
+        try:
             for found in pool.map(lambda job: job(), jobs):
                 outcomes |= found
+        finally:
+            # After a fault or an interrupt, what has not begun never does.
+            pool.shutdown(cancel_futures=True)
         return [outcomes[row["uri"] or ""] for row in rows]
 
     def _single(self, uri: str, place: Place) -> dict[str, Outcome]:
@@ -286,8 +290,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
         try:
             fs = _filesystem_of(scheme)
         except ImportError as error:
-            extra = _DRIVERS.get(scheme, ("", scheme))[1]
-            raise TransferError("missing_package", f"pip install 'vidpipe[{extra}]'") from error
+            module, extra = _DRIVERS.get(scheme, ("", ""))
+            remedy = f"{module} is not installed: pip install 'vidpipe[{extra}]'"
+            raise TransferError("missing_package", remedy if module else str(error)) from error
         return fs, str(fs._strip_protocol(url))
 
 

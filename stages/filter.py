@@ -149,6 +149,8 @@ def _select(database: Any, sql: str) -> dict[str, Any]:
     tree = json.loads(text)
     if tree["error"]:
         message = str(tree["error_message"]).splitlines()[0]
+        if int(tree.get("position", 0)) >= len("SELECT (") + len(sql):
+            message = "syntax error: it ends too early"
         word = re.search(r'near "(\w+)"', message)
         if word and word[1].lower() in _reserved(database):
             message += f' (a column of that name is written "{word[1]}", in double quotes)'

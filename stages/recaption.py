@@ -244,6 +244,7 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         return {**values, "settings": known, "model": model, "template": digest(self.template.text)}
 
     def setup(self) -> Engine:
+        self.check()  # here too: a worker's machine may lack what the driver's has
         s = self.settings
         if s.engine == "openai":
             from stages.engines.openai import OpenAIEngine
@@ -261,7 +262,6 @@ class Recaption(Stage[RecaptionSettings, Engine]):
                 s.backoff,
                 s.template_args,
             )
-        self.check()
         folder = resolve(s.model, s.revision)
         label = model_label(s.model, s.revision, folder)
         if s.engine == "vllm":

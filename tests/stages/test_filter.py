@@ -123,7 +123,10 @@ def test_a_long_value_is_cut_in_the_message() -> None:
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        ("len =", "syntax error"),
+        ("len =", "ends too early"),
+        ("(len > 1", "ends too early"),
+        ("len == == 1", "syntax error at or near"),
+        ("len > 'x", "unterminated|syntax error"),
         ("end > 3", 'written "end", in double quotes'),
         ("len > 1; drop table clip", "syntax error"),
         ("", "it is empty"),
