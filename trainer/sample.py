@@ -38,6 +38,8 @@ SHEET = 8  # frames of a PNG
 # epsilon says nothing about x0 where the signal is below this share: x0 = (x - s eps) / a.
 FAINTEST = 0.05
 
+ABOUT = "Makes videos of prompts with a trained model."
+
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # latents, times, token ids
 
 
@@ -203,7 +205,7 @@ def make(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.sample", description=make.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trainer.sample", description=ABOUT)
     parser.add_argument("--checkpoint", type=Path, required=True, help="or a run's output folder")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--vae", help="its diffusers folder; default: as the latents were made")

@@ -33,6 +33,9 @@ from trainer.models import build, tokenise
 BETAS = (0.9, 0.99)
 
 
+ABOUT = "Trains a video model on the latents of an index, from the newest checkpoint on."
+
+
 class Diverged(Exception):
     """The loss is no finite number."""
 
@@ -123,6 +126,7 @@ def train(settings: TrainSettings) -> Path:
         say(f"trained {step} steps; the model is in {settings.output / 'model'}")
     else:
         say(f"stopped at step {step} of {settings.steps}: the same command goes on from there")
+    accelerator.print(f"checkpoint: {folder}")
     accelerator.end_training()
     return folder
 
@@ -272,14 +276,13 @@ def line(step: int, steps: int, values: dict[str, float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.train", description=train.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trainer.train", description=ABOUT)
     parser.add_argument("--config", required=True, type=Path, help="JSON file of the settings")
     try:
-        folder = train(load_settings(parser.parse_args(arguments).config))
+        train(load_settings(parser.parse_args(arguments).config))
     except (SettingsError, ShardError, CheckpointError, Diverged) as error:
         print(f"vidpipe train: {error}", file=sys.stderr)
         return 1 if isinstance(error, Diverged) else 2
-    print(f"checkpoint: {folder}")
     return 0
 
 
