@@ -25,6 +25,7 @@ from stages.video import (
     lasting,
     opened,
     outside,
+    packets,
     refuse_encrypted,
     section,
     seek,
@@ -48,6 +49,7 @@ __all__ = [
 RELATIVE = 1e-6
 # Seconds before a clip's start where decoding begins: first try, second try.
 SEEK_BACK = (0.5, 10.0)
+LOST = "the video's data is damaged: a part of the stream is missing"
 
 
 class TooShort(Exception):
@@ -273,17 +275,20 @@ def _decoded(video: Video, start: float | None) -> Iterator[Shown]:
     stamps: deque[int] = deque()  # for streams without presentation times: in decoding order
     last: int | None = None
     damaged = False
-    for packet in video.container.demux(stream):
+    for packet in packets(video.container, stream):
         if packet.size:
             refuse_encrypted(packet)
             last = stamp(video, packet, last)
             stamps.append(last)
+        frames, fault = [], None
         try:
             frames = packet.decode()
         except av.error.FFmpegError as error:
+            fault = error
+        if fault or packet.is_corrupt:
             if start is None or last is None or last * tick - origin >= start:
-                raise translated(error) from error
-            damaged, frames = True, []
+                raise translated(fault) if fault else VideoError("decode_error", LOST) from fault
+            damaged = True
         for frame in frames:
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             queued = stamps.popleft() if stamps else 0

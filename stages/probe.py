@@ -13,7 +13,7 @@ from pydantic import Field
 from stages.base import Failed, Outcome, Row, Sampling, Stage, StageSettings
 from stages.frames import local_path, picks
 from stages.picture import display_matrix, quarter_turned
-from stages.video import Timeline, Video, VideoError, opened, section, timeline, translated
+from stages.video import Timeline, Video, VideoError, opened, packets, section, timeline, translated
 
 # A gap between frames is irregular from this share of the median on (and beyond rounding).
 IRREGULAR = 0.1
@@ -131,7 +131,7 @@ def last_moment(video: Video) -> float:
     video.container.seek(0)
     return max(
         float((packet.pts + (packet.duration or 0)) * packet.time_base) - video.origin
-        for packet in video.container.demux()
+        for packet in packets(video.container)
         if packet.pts is not None
     )
 

@@ -135,7 +135,7 @@ def timeline(video: Video, start: float | None = None, end: float | None = None)
 def _timeline(video: Video, end: float | None) -> Timeline:
     line, shown, tick, origin = Timeline(), [], video.tick, video.origin
     last: int | None = None
-    for packet in video.container.demux(video.stream):
+    for packet in packets(video.container, video.stream):
         if not packet.size:  # the flush at the end, and AVI's "nothing new here"
             continue
         line.packets += 1
@@ -153,6 +153,16 @@ def _timeline(video: Video, end: float | None) -> Timeline:
     if shown:
         line.end = line.times[-1] + lasting(shown[-1][1] * tick, line.times, video)
     return line
+
+
+def packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """Packets as the file has them, of these streams (none: of all), and the flush at the end."""
+    while True:
+        try:
+            yield from container.demux(*streams)
+            return
+        except IndexError:  # PyAV on a packet of a stream that began later (MPEG-TS): not ours
+            continue
 
 
 def refuse_encrypted(packet: Any) -> None:

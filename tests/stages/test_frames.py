@@ -143,6 +143,14 @@ def test_every_frame_is_the_one_asked_for(
     assert [line.times[i] for i in picks(line.times, line.end, TV, slack=slack)] == clip.times
 
 
+@pytest.mark.parametrize("fps", [24, NTSC, 30, 60])
+def test_at_its_own_rate_a_file_gives_each_frame_once(tmp_path: Path, fps: Fraction | int) -> None:
+    """Though Matroska rounds times, and so the end, to milliseconds."""
+    path = str(make(tmp_path / "a.mkv", 100, fps))
+    clip = read_clip(path, Sampling(fps=float(fps), frames=200, size=64, short="pad"))
+    assert numbers(clip.frames[: clip.length]) == list(range(100))
+
+
 def test_irregular_frames_are_shown_until_the_next(tmp_path: Path) -> None:
     pts = [0, 17, 350, 360, 1500, 1600, 1633, 1700]
     for suffix in ("mp4", "mkv"):
@@ -180,6 +188,12 @@ def test_a_part_ends_where_it_says(tmp_path: Path) -> None:
     assert outside.value.error == "empty_section"
 
 
+def test_moments_count_from_where_a_part_starts(tmp_path: Path) -> None:
+    path = str(make(tmp_path / "a.mp4", 30, 10))
+    clip = read_clip(path, Sampling(fps=16, frames=3, size=64), start=0.59)
+    assert numbers(clip.frames) == [5, 6, 7]  # on show at 0.59, 0.6525 and 0.715 s
+
+
 def test_a_short_clip_is_rejected_padded_or_repeated(tmp_path: Path) -> None:
     path = str(make(tmp_path / "a.mp4", 25, 25))
     with pytest.raises(TooShort, match="16 of 32 frames"):
@@ -211,24 +225,43 @@ def test_reading_again_gives_the_same(tmp_path: Path, threads: int) -> None:
     assert first.times == again.times
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_damage_fails_the_clips_that_need_it_and_no_other(tmp_path: Path, threads: int) -> None:
-    path = make(tmp_path / "a.mp4", 200, 25, g="25", container={"movflags": "faststart"})
+def damage(path: Path, index: int) -> None:
+    """Overwrites a frame's data, but for the head of its NAL unit."""
     with opened(str(path)) as video:
         packets = [p for p in video.container.demux(video.stream) if p.size]
-        hit = packets[60]  # 2.4 s
-        at, size = hit.pos, hit.size
+        at, size = packets[index].pos, packets[index].size
     data = bytearray(path.read_bytes())
-    data[at : at + size] = b"\xff" * size
+    data[at + 6 : at + size] = b"\xff" * (size - 6)
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_damage_fails_the_clips_that_need_it_and_no_other(
+    tmp_path: Path, codec: str, threads: int
+) -> None:
+    keys = {"sc_threshold": "0"} if codec == "libx264" else {}
+    path = make(tmp_path / "a.mp4", 200, 25, codec, g="25", bf="0", **keys)
+    damage(path, 74)  # the last of its group: shown at 2.96 s
     sampling = Sampling(fps=25, frames=25, size=64)
-    assert numbers(read_clip(str(path), sampling, 1.0, 2.1, threads).frames) == list(range(25, 50))
+    assert numbers(read_clip(str(path), sampling, 1.0, 2.2, threads).frames) == list(range(25, 50))
     with pytest.raises(VideoError) as damaged:
-        read_clip(str(path), sampling, 2.0, 3.5, threads)
+        read_clip(str(path), sampling, 2.5, 3.5, threads)
     assert damaged.value.error == "decode_error"
-    assert numbers(read_clip(str(path), sampling, 3.2, None, threads).frames) == list(
-        range(80, 105)
-    )
+    after = read_clip(str(path), sampling, 3.0, None, threads)
+    assert numbers(after.frames) == list(range(75, 100))
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_a_stream_that_lost_packets_is_damaged(tmp_path: Path, codec: str) -> None:
+    """Decoders go on with the next key frame, and say nothing."""
+    path = make(tmp_path / "a.ts", 100, 25, codec, g="12")
+    data = path.read_bytes()
+    at = len(data) // 2 // 188 * 188
+    path.write_bytes(data[:at] + data[at + 188 :])
+    with pytest.raises(VideoError, match="part of the stream is missing") as damaged:
+        read_clip(str(path), Sampling(fps=25, frames=90, size=64))
+    assert damaged.value.error == "decode_error"
 
 
 def test_a_url_reads_as_a_file_does(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
-from numbered import make
+from av.stream import Disposition
+from numbered import SIDE, make, picture, silence
 
 from stages.base import Context, Failed, Row, Sampling
 from stages.probe import Probe, ProbeSettings, irregular
@@ -49,6 +51,10 @@ def test_facts_of_a_part(tmp_path: Path) -> None:
     row = probe(path, 2.5)
     assert row["num_frames"] == 38  # the frame shown at 2.5 s appeared at 2.48 s
     assert row["duration"] == pytest.approx(1.5)
+    # Tables round to milliseconds: 40/30 s is written 1.333, and 80/30 s 2.667.
+    row = probe(make(tmp_path / "b.mp4", 90, 30), 1.333, 2.667)
+    assert (row["num_frames"], row["len"]) == (40, 22)
+    assert (row["start_time"], row["duration"]) == pytest.approx((40 / 30, 40 / 30))
     assert probe(path, 9.0, 12.0) == Failed(
         "empty_section", "the clip starts at 9.000 s, where the video has ended: it has 4.000 s"
     )
@@ -109,6 +115,19 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
         "encryption_kid": "a7e61c373e219033c21091fa607bf3b8",
     }
     assert probe(make(tmp_path / "b.mp4", 10, container=encryption)).error == "encrypted"
+
+
+def test_a_picture_of_the_cover_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "song.m4a"
+    with av.open(str(path), "w", format="mp4") as output:
+        cover = output.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = SIDE
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        output.mux(silence(output, 1.0))
+        output.mux(cover.encode(av.VideoFrame.from_ndarray(picture(5), "rgb24")))
+        output.mux(cover.encode(None))
+    assert probe(path).error == "no_video_stream"
 
 
 def test_metadata_that_is_no_text_is_no_fault(tmp_path: Path) -> None:
