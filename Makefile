@@ -15,7 +15,8 @@ help:
 install: $(VENV)/.installed
 
 # uv installs the set in seconds where pip takes minutes, but reads none of pip's settings: these are
-# handed on. Where uv can't be had, pip does it.
+# handed on. Where uv can't be had, pip does it. Bytecode is compiled now, once: importing diffusers
+# from source takes three times as long, in every worker.
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vidpipe needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,8 +26,9 @@ $(VENV)/.installed: pyproject.toml Makefile
 	export UV_INDEX_URL="$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$(setting index-url)}}"; \
 	for name in UV_FIND_LINKS UV_INDEX_URL; do eval "test -n \"\$$$$name\"" || unset $$name; done; \
 	echo "installing vidpipe and its packages into $(VENV)"; \
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[dev]' \
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]' \
 		|| $(BIN)/python -m pip install --quiet -e '.[dev]'
+	@$(BIN)/python -m compileall -q manifests stages pipeline trainer
 	@touch $@
 
 demo: install

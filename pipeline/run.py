@@ -39,13 +39,16 @@ def prepare(
     """
     stages = pipeline.upstream(names)
     check_workdir(pipeline.config.workdir)
-    pipeline.bind(stages)
     done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size)
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""
         changed = f", {done.changed} changed" if done.changed else ""
         report.note(f"source: {done.rows} rows, {done.new} new{changed}{gone}")
-    return done, stages, plan(pipeline, stages, _checked(pipeline, stages, retry))
+    todo = plan(pipeline, stages, _checked(pipeline, stages, retry))
+    if not todo.empty:
+        # What has nothing to do was checked when it was done: the second run is over at once.
+        pipeline.bind(stages)
+    return done, stages, todo
 
 
 def run(

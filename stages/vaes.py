@@ -166,9 +166,10 @@ def _constants(module: Any, channels: int) -> tuple[list[float], list[float]]:
 
 
 def _buffer(module: Any, name: str) -> list[float] | None:
-    value = getattr(module, name, None)
+    # In the config (Wan), or a tensor saved with the weights (LTX).
+    value = module.config.get(name)
     if value is None:
-        value = module.config.get(name)
+        value = dict(module.named_buffers()).get(name)
     if value is None:
         return None
     values = value.tolist() if hasattr(value, "tolist") else value
