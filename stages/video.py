@@ -95,6 +95,7 @@ def opened(path: str, threads: int = 1) -> Iterator[Video]:
         if codec is None:
             raise VideoError("unknown_codec", NO_DECODER)
         codec.thread_count = threads
+        codec.thread_type = "AUTO"  # by frames where the codec can: PyAV's own choice is slices
         # A damaged frame is an error, not a grey picture.
         codec.options = {"err_detect": "explode"}
         raw = container.format.name in ("avi", "h264", "hevc", "m4v", "mpegvideo")

@@ -20,6 +20,12 @@ FAST: dict[str, dict[str, str]] = {
     "mpeg4": {},
     "mpeg2video": {},
 }
+# For `container`: an MP4 that nobody can decode without the key.
+ENCRYPTION = {
+    "encryption_scheme": "cenc-aes-ctr",
+    "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb",
+    "encryption_kid": "a7e61c373e219033c21091fa607bf3b8",
+}
 
 
 def picture(number: int) -> np.ndarray:

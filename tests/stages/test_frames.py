@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from numbered import make, number, numbers
+from numbered import ENCRYPTION, make, number, numbers
 
 from stages.base import Context, Sampling
 from stages.frames import (
@@ -252,6 +252,13 @@ def test_damage_fails_the_clips_that_need_it_and_no_other(
     assert numbers(after.frames) == list(range(75, 100))
 
 
+def test_a_frame_made_from_a_damaged_one_is_damaged(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mp4", 100, 25, g="50", bf="0", sc_threshold="0")
+    damage(path, 60)  # shown at 2.4 s, and what follows it builds on it
+    with pytest.raises(VideoError, match=r"the frame at 2\.640 s is damaged"):
+        read_clip(str(path), Sampling(fps=25, frames=5, size=64), 2.64)
+
+
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
 def test_a_stream_that_lost_packets_is_damaged(tmp_path: Path, codec: str) -> None:
     """Decoders go on with the next key frame, and say nothing."""
@@ -262,6 +269,13 @@ def test_a_stream_that_lost_packets_is_damaged(tmp_path: Path, codec: str) -> No
     with pytest.raises(VideoError, match="part of the stream is missing") as damaged:
         read_clip(str(path), Sampling(fps=25, frames=90, size=64))
     assert damaged.value.error == "decode_error"
+
+
+def test_an_encrypted_video_says_so(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mp4", 30, container=ENCRYPTION)
+    with pytest.raises(VideoError) as encrypted:
+        read_clip(str(path), TV)
+    assert encrypted.value.error == "encrypted"
 
 
 def test_a_url_reads_as_a_file_does(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_a_video_is_turned_as_its_display_matrix_says(
 
 def test_a_turned_video_fits_an_oblong(tmp_path: Path) -> None:
     path = make(tmp_path / "a.mp4", 8, 8, rotation=(90, False, False))
-    sampling = Sampling(fps=8, frames=8, size=(32, 64))
-    expected = np.rot90(picture(6))[16:48].astype(int)
-    assert np.abs(read_clip(str(path), sampling).frames[6] - expected).mean() < 3
+    sampling = Sampling(fps=8, frames=8, size=(32, 64), fit="squash")
+    expected = np.rot90(picture(6))[::2].astype(int)
+    assert np.abs(read_clip(str(path), sampling).frames[6] - expected).mean() < 5
 
 
 def test_turning_follows_the_standards_matrix() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import av
 import pytest
 from av.stream import Disposition
-from numbered import SIDE, make, picture, silence
+from numbered import ENCRYPTION, SIDE, make, picture, silence
 
 from stages.base import Context, Failed, Row, Sampling
 from stages.probe import Probe, ProbeSettings, irregular
@@ -109,12 +109,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
     assert probe(path).error == "unknown_codec"
 
-    encryption = {
-        "encryption_scheme": "cenc-aes-ctr",
-        "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb",
-        "encryption_kid": "a7e61c373e219033c21091fa607bf3b8",
-    }
-    assert probe(make(tmp_path / "b.mp4", 10, container=encryption)).error == "encrypted"
+    assert probe(make(tmp_path / "b.mp4", 10, container=ENCRYPTION)).error == "encrypted"
 
 
 def test_a_picture_of_the_cover_is_no_video(tmp_path: Path) -> None:
