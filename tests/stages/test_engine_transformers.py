@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import stages
 from stages.base import Context, StageError
 from stages.engines.base import EngineFailure, Request, SamplingSettings
 from stages.engines.transformers import GumbelChoice, TransformersEngine
-from stages.models import DEMO, resolve
+from stages.models import DEMO
 from stages.recaption import Recaption, RecaptionSettings
 
 TEXT = "a the dog cat bird runs sits flies over under red blue green house tree road"
@@ -193,11 +194,11 @@ def test_the_stage_runs_on_a_folder(folder: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not (Path(resolve.__code__.co_filename).parent / "demo" / "captioner").is_dir(),
+    not (Path(stages.__file__).parent / "demo" / "captioner").is_dir(),
     reason="the demo's captioner is not here",
 )
 def test_the_demos_captioner_rewrites_through_the_stage() -> None:
-    from stages.demo.shapes import caption, rewrite, scene
+    from stages.demo.shapes import caption, named, scene
 
     settings = RecaptionSettings(
         engine="transformers", model=f"{DEMO}captioner", max_tokens=96, device="cpu"
@@ -208,4 +209,6 @@ def test_the_demos_captioner_rewrites_through_the_stage() -> None:
     outcomes = stage.process(rows, stage.setup())
     written = [o["recaption"] for o in outcomes]
     assert not any(o["recaption_truncated"] for o in outcomes)
-    assert sum(w == rewrite(scene(s)) for s, w in enumerate(written)) >= 12
+    facts = [(one.shape, one.colour, one.direction) for one in map(scene, range(16))]
+    assert sum(named(w) == f for w, f in zip(written, facts)) >= 15
+    assert not set(written) & {row["caption"] for row in rows}

@@ -13,7 +13,7 @@ import pytest
 
 import stages
 from stages.base import Context, StageError
-from stages.demo.shapes import caption, rewrite, scene
+from stages.demo.shapes import caption, named, scene
 from stages.engines.base import Answer, EngineFailure, Request, SamplingSettings
 from stages.engines.vllm import VllmEngine
 from stages.recaption import Recaption, RecaptionSettings
@@ -38,7 +38,8 @@ def test_vllm_rewrites_through_the_stage(monkeypatch: pytest.MonkeyPatch) -> Non
     engine = stage.setup()
     rows = [{"clip_id": str(s), "caption": caption(scene(s))} for s in range(16)]
     outcomes = stage.process(rows, engine)
-    assert sum(o["recaption"] == rewrite(scene(s)) for s, o in enumerate(outcomes)) >= 12
+    facts = [(one.shape, one.colour, one.direction) for one in map(scene, range(16))]
+    assert sum(named(o["recaption"]) == f for o, f in zip(outcomes, facts)) >= 15
     assert not any(o["recaption_truncated"] for o in outcomes)
     requests = [Request("x " * 2000, 1), Request(rows[0]["caption"], 1)]
     failed, cut = engine.generate(requests, SamplingSettings(max_tokens=2))
