@@ -104,7 +104,7 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out: Tensor = self.out(x.transpose(1, 2).flatten(2))
         return out
