@@ -13,7 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.video import VideoError
+
 Pixels = NDArray[np.uint8]
+# Sides of a picture that is still one: the longer over the shorter.
+LONGEST = 32
 
 
 class Upright:
@@ -27,12 +31,16 @@ class Upright:
         self._scaler = VideoReformatter()  # kept: setting swscale up costs more than a frame
 
     def __call__(self, frame: Any, pixel: float = 1.0) -> Pixels:
-        """`pixel`: width over height of the frame's pixels."""
+        """`pixel`: width over height of the frame's pixels. Raises VideoError: extreme_shape, for
+        a frame that is a mere line, whose scaled picture would take gigabytes."""
         from av.video.reformatter import ColorRange, Interpolation
 
         matrix = display_matrix(frame)
         swap = quarter_turned(matrix)
         height, width = frame.height, frame.width * pixel
+        if max(height, width) > LONGEST * min(height, width):
+            size_shown = f"{frame.width} x {frame.height} pixels"
+            raise VideoError("extreme_shape", f"the picture is no picture: it is {size_shown}")
         size = self._size(width, height)[::-1] if swap else self._size(height, width)
         rgb = self._scaler.reformat(
             frame,

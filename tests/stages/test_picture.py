@@ -10,6 +10,7 @@ from numbered import make, picture
 from stages.base import Sampling
 from stages.frames import read_clip, sample_few
 from stages.picture import Fit, short_side, turned
+from stages.video import VideoError
 
 ONE = 1 << 16
 
@@ -71,6 +72,12 @@ def test_pixels_that_are_not_square_are_squared() -> None:
     assert colours(Fit(64, 64, "crop")(frame, pixel=2.0), 32) == "ggggbbbb"
     assert colours(Fit(64, 64, "pad")(frame, pixel=2.0), 8) == "........"
     assert short_side(32)(frame, 2.0).shape == (32, 64, 3)
+
+
+def test_a_line_is_no_picture() -> None:
+    with pytest.raises(VideoError, match="4096 x 2 pixels") as extreme:
+        Fit(64, 64, "crop")(striped(2, 4096))
+    assert extreme.value.error == "extreme_shape"
 
 
 def test_the_whole_picture_by_its_short_side() -> None:
