@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from manifests.shards import Index
+from manifests.store import Counts
 from pipeline import index
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
@@ -79,10 +80,10 @@ def _nothing_ready(pipeline: Pipeline) -> str:
     totals = status(pipeline)
     wanted = ["encode", *(["recaption"] if index.caption_column(pipeline) == "recaption" else [])]
     lines = [f"{name}: {describe(totals[name])}, {totals[name].pending} pending" for name in wanted]
-    advice = "`vidpipe run` first, then `vidpipe status` tells why clips were lost"
-    if totals["encode"].kept and "recaption" in wanted:
+    advice = "`vidpipe run` first; `vidpipe status` tells why clips were lost"
+    if totals["encode"].kept and "empty_caption" in totals.get("recaption", Counts()).rejected:
         advice = (
-            "clips without a caption to rewrite can be trained on without one: "
+            "clips that have no caption to rewrite are trained on without one by "
             "`--set recaption.enabled=false`"
         )
     return f"no clip is ready to train on ({'; '.join(lines)}): {advice}"

@@ -87,6 +87,10 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
             if not Path(s.aesthetic_head).is_file():
                 raise StageError(f"score: aesthetic_head: there is no file {s.aesthetic_head}")
 
+    @property
+    def loads_model(self) -> bool:
+        return bool(self.settings.clip)
+
     def setup(self) -> Aesthetics | None:
         s = self.settings
         if not (s.clip and s.aesthetic_head):

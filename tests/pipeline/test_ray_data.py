@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +105,37 @@ def test_a_worker_that_keeps_dying_ends_the_run_and_keeps_what_is_committed(
     result = run(again, (), Retry(), Reporter())
     assert result.status["shout"] == Counts(2, 2)
     assert not rays(), "processes were left"
+
+
+class Scraping(Reporter):
+    """Reads the metrics port, as Prometheus would, while the run is going on."""
+
+    def __init__(self) -> None:
+        self.samples: set[str] = set()
+
+    def unit(self, receipt: Receipt) -> None:
+        import ray
+
+        port = ray.nodes()[0]["MetricsExportPort"]
+        deadline = time.monotonic() + 30
+        while receipt.stage == "shout" and not self.samples and time.monotonic() < deadline:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+                lines = page.read().decode().splitlines()
+            self.samples = {line for line in lines if line.startswith("ray_vidpipe_rows")}
+            time.sleep(0.5)
+
+
+def test_counters_per_stage_and_outcome_are_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
+    made = pipeline(tmp_path, CAPTIONS, run={"runner": "ray"})
+    heard = Scraping()
+    assert not run(made, (), Retry(), heard).faults
+    found = {
+        tuple(re.findall(r'(?:[Oo]utcome|[Ss]tage)="([^"]+)"', line)) for line in heard.samples
+    }
+    assert {frozenset(pair) for pair in found} >= {
+        frozenset(("length", "kept")),
+        frozenset(("length", "rejected")),
+    }, heard.samples
