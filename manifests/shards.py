@@ -170,9 +170,12 @@ def read_latents(workdir: str, shard: str, rows: Sequence[int]) -> Iterator[Late
 
 
 def _latent(table: pa.Table, row: int) -> Latent:
+    clip, data = table.column("clip_id")[row].as_py(), table.column("latents")[row]
+    if not data.is_valid:
+        raise ShardError(f"clip {clip} has no latents in its shard: the index is stale")
     return Latent(
-        clip_id=table.column("clip_id")[row].as_py(),
-        data=memoryview(table.column("latents")[row].as_buffer()),
+        clip_id=clip,
+        data=memoryview(data.as_buffer()),
         shape=tuple(table.column("latents_shape")[row].as_py()),
         dtype=table.column("latents_dtype")[row].as_py(),
     )

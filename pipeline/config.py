@@ -36,7 +36,7 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    runner: Literal["ray", "local"] = "ray"
+    runner: Literal["ray", "local"] = Field("ray", description="local: a loop in one process")
     mode: Literal["auto", "pipelined", "staged"] = Field(
         "auto", description="stages chained, or one after the other; auto: by the GPUs at hand"
     )

@@ -73,12 +73,18 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fps: float = Field(16.0, gt=0, le=1000)
-    frames: int = Field(64, ge=1, le=100_000)
+    fps: float = Field(16.0, gt=0, le=1000, description="frames a second, by presentation time")
+    frames: int = Field(64, ge=1, le=100_000, description="frames of a clip")
     size: int | tuple[int, int] = Field(256, description="pixels: a square side or [height, width]")
-    fit: Literal["crop", "pad", "squash"] = "crop"
-    policy: Literal["time", "seed"] = "time"
-    short: Literal["reject", "pad", "repeat"] = "reject"
+    fit: Literal["crop", "pad", "squash"] = Field(
+        "crop", description="to the size asked: cut the sides, add black bars, or distort"
+    )
+    policy: Literal["time", "seed"] = Field(
+        "time", description="time: what is shown at k/fps; seed: the indices that vid_gen takes"
+    )
+    short: Literal["reject", "pad", "repeat"] = Field(
+        "reject", description="a clip with fewer frames: pad is black, repeat the last frame"
+    )
 
     @property
     def height(self) -> int:

@@ -44,11 +44,13 @@ _DRIVERS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs"
 
 
 class DownloadSettings(StageSettings):
-    max_bytes: int = Field(4 << 30, ge=1, description="a larger remote file is a failure")
-    schemes: tuple[str, ...] = Field(
+    # What may be fetched decides who fails, never what a file is: after a change of these,
+    # `--retry-failed` tries those that were refused, and nothing is fetched twice.
+    max_bytes: Speed[int] = Field(4 << 30, ge=1, description="a larger remote file is a failure")
+    schemes: Speed[tuple[str, ...]] = Field(
         ("file", "http", "https", "s3", "gs", "hf", "memory"), description="URLs that may be used"
     )
-    allow_outside: bool = Field(
+    allow_outside: Speed[bool] = Field(
         False,
         description="relative paths may leave the table's folder by `..`, "
         "and a remote table may name local files",

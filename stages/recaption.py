@@ -56,7 +56,9 @@ _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 
 
 class RecaptionSettings(StageSettings):
-    engine: Literal["vllm", "openai", "transformers"] = "vllm"
+    engine: Literal["vllm", "openai", "transformers"] = Field(
+        "vllm", description="vllm: offline, on GPUs; openai: servers; transformers: also on CPUs"
+    )
     model: str = Field(
         "Qwen/Qwen3-8B", description="hub id, folder, demo://captioner, or as served"
     )
@@ -65,7 +67,7 @@ class RecaptionSettings(StageSettings):
     prompt_file: str | None = Field(None, description="file of the template; default: our own")
     max_tokens: int = Field(256, ge=1, description="of an answer")
     temperature: float = Field(0.0, ge=0, le=5, description="0: always the likeliest token")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="share of probability that is drawn from")
     seed: int = Field(0, description="of sampling; each clip draws from its own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -164,6 +166,8 @@ def seed_of(seed: int, clip_id: str) -> int:
 
 
 class Recaption(Stage[RecaptionSettings, Engine]):
+    """The caption rewritten by a language model, beside the raw answer and what made it."""
+
     name = "recaption"
     Settings = RecaptionSettings
     adds = pa.schema(

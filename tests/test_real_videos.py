@@ -176,7 +176,7 @@ def encoded(made: dag.Pipeline) -> int:
 def test_only_what_is_new_is_encoded(tmp_path: Path, shared_data: Path) -> None:
     """A changed threshold encodes what it lets in anew; a changed prompt nothing; three more
     videos three."""
-    names = [n for n, e in EXPECTED.items() if e[2] is None][:4] + ["asl_book.mkv", "asl_walk.mkv"]
+    names = [*[n for n, e in EXPECTED.items() if e[2] is None][:4], "asl_book.mkv", "asl_walk.mkv"]
     videos = tmp_path / "videos"
     videos.mkdir()
     for name in names:

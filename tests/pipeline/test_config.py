@@ -63,7 +63,7 @@ def test_a_mistake_names_line_key_value_and_what_is_allowed(
 
 
 def test_an_unknown_key_lists_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Allowed here: .*fit, fps, frames, policy, short, size"):
+    with pytest.raises(ConfigError, match=r"Allowed here: .*fit, fps, frames, policy, short, size"):
         parsed(SHORT.replace("fps: 16", "zzz: 16"), tmp_path)
 
 
@@ -74,7 +74,7 @@ def test_settings_can_be_overridden(tmp_path: Path) -> None:
     assert config.sampling.frames == 32
     assert config.stages["filter"].settings.rules == {"length": "len >= 48"}
     assert config.stages["encode"].settings.workers == 2
-    with pytest.raises(ConfigError, match="--set: sampling.frames: `sampling.frames` is 'many'"):
+    with pytest.raises(ConfigError, match=r"--set: sampling.frames: `sampling.frames` is 'many'"):
         parsed(SHORT, tmp_path, "sampling.frames=many")
     with pytest.raises(ConfigError, match=r"expected key.of.setting=value"):
         parsed(SHORT, tmp_path, "sampling.frames")
@@ -129,7 +129,7 @@ def test_a_stage_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (use.replace("my_wide_stage:", "not_there_at_all:"), "No module named 'not_there_at_all'"),
         (use.replace(":Wide", ":NoStage"), "is no stage"),
         (use.replace("{wide:", "{broad:"), "calls itself 'wide'"),
-        (use.replace("{wide:", "{probe:"), "stage probe exists already"),
+        ('stages: {probe: {use: "stages.probe:Probe"}}\n', "stage probe exists already"),
         ("stages: {wide: {ratio: 3}}\n", 'needs `use: "module:Class"`'),
     ):
         with pytest.raises(ConfigError) as caught:

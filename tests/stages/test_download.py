@@ -444,13 +444,9 @@ def test_only_what_changes_results_is_in_the_fingerprint(folders: Context) -> No
         return Download(DownloadSettings(**settings), context).fingerprint
 
     assert fingerprint() == fingerprint(connections=1, timeout=1, retries=0, backoff=9, workers=3)
-    others = [
-        fingerprint(max_bytes=1),
-        fingerprint(allow_outside=True),
-        fingerprint(schemes=["https"]),
-        fingerprint(Context(folders.workdir, "/elsewhere")),
-    ]
-    assert len({fingerprint(), *others}) == 5
+    # Limits decide who fails; what came through under others is the same file.
+    assert fingerprint() == fingerprint(max_bytes=1, allow_outside=True, schemes=["https"])
+    assert fingerprint() != fingerprint(Context(folders.workdir, "/elsewhere"))
 
 
 @pytest.mark.parametrize(
