@@ -208,6 +208,9 @@ def _validate(
             ) from error
         if first["type"] == "missing":
             raise ConfigError(f"{at}`{key}` is missing: {_example(key)}") from error
+        if first["type"] == "value_error":
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{at}`{key}`: {reason}") from error
         raise ConfigError(
             f"{at}`{key}` is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         ) from error
