@@ -102,15 +102,17 @@ class Vae:
         import diffusers
         import torch
 
+        diffusers.utils.logging.disable_progress_bar()
         self.shape = shape_of(folder)
         self.family = FAMILIES[self.shape.class_name]
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
         try:
-            module = getattr(diffusers, self.shape.class_name).from_pretrained(folder)
+            cls = getattr(diffusers, self.shape.class_name)
+            module = cls.from_pretrained(folder, torch_dtype=self.dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise StageError(f"the VAE in {folder} can't be loaded: {error}") from error
-        self.module = module.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.module = module.to(self.device).eval().requires_grad_(False)
         self.channels = int(_first(self.module.config, "latent_channels", "z_dim"))
         self.shift, self.scale = _constants(self.module, self.channels)
 

@@ -58,7 +58,9 @@ class TransformersEngine:
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # of loading weights, amid the run's own lines
         self.label = label
         self._batch = batch
         self._template_args = template_args
