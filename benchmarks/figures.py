@@ -1,0 +1,62 @@
+"""What every benchmark prints: the machine, the date, and its figures."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.output import text_table
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+VIDPIPE = [sys.executable, "-m", "pipeline.cli"]
+
+
+def machine() -> dict[str, Any]:
+    with Path("/proc/cpuinfo").open() as file:
+        models = {line.split(":", 1)[1].strip() for line in file if line.startswith("model name")}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": ", ".join(sorted(models)) or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "ray", "av")},
+    }
+
+
+def report(measure: Callable[[argparse.Namespace], Sequence[tuple[str, str]]], about: str) -> None:
+    """Runs `measure` and prints its figures (what, value) in the form asked for."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--videos", type=Path, default=SHARED / "videos", help="real files")
+    args = parser.parse_args()
+    rows = measure(args)
+    facts = machine()
+    if args.json:
+        print(json.dumps({"machine": facts, "figures": dict(rows)}, indent=1))
+        return
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    print(text_table(["figure", "value"], [list(row) for row in rows]), end="")
+
+
+def timed(command: Sequence[str], cwd: Path) -> tuple[float, float]:
+    """Wall seconds and CPU seconds (with children) of a command that must succeed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    wall = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
