@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from manifests.shards import read_latents
@@ -129,24 +130,44 @@ def test_what_is_expected_agrees_with_the_ground_truth(
             assert row["vfr"] == (known["is_vfr"] == "yes"), name
 
 
-def test_latents_are_there_and_finite(once: tuple[Path, dag.Pipeline, Result]) -> None:
-    import numpy as np
-
-    _, made, _ = once
-    seen = 0
-    for name in made.dag.log(made.store, "encode").units():
-        for commit in made.dag.log(made.store, "encode").commits(name):
+def latents(made: dag.Pipeline) -> dict[str, np.ndarray]:
+    """What the shards hold, by clip id."""
+    log = made.dag.log(made.store, "encode")
+    found = {}
+    for name, commits in log.units().items():
+        for commit in log.commits(name, commits):
             if commit.data is None:
                 continue
-            shard = made.dag.log(made.store, "encode").data_name(name, commit)
-            table = made.store.read_parquet(shard, ["outcome"])
-            kept = [i for i, o in enumerate(table.column("outcome").to_pylist()) if o == "kept"]
+            shard = log.data_name(name, commit)
+            outcomes = made.store.read_parquet(shard, ["outcome"]).column("outcome").to_pylist()
+            kept = [i for i, outcome in enumerate(outcomes) if outcome == "kept"]
             for latent in read_latents(made.config.workdir, shard, kept):
-                values = np.frombuffer(latent.data, np.float32).reshape(latent.shape)
-                assert latent.shape == (8, 64, 8, 8)
-                assert np.isfinite(values).all() and values[:4].std() > 0
-                seen += 1
-    assert seen == 18
+                assert latent.clip_id not in found, "a clip stands twice"
+                values = np.frombuffer(latent.data, np.float32)
+                found[latent.clip_id] = values.reshape(latent.shape)
+    return found
+
+
+def test_latents_are_there_and_finite(once: tuple[Path, dag.Pipeline, Result]) -> None:
+    found = latents(once[1])
+    assert len(found) == 18
+    for values in found.values():
+        assert values.shape == (8, 64, 8, 8)
+        assert np.isfinite(values).all() and values[:4].std() > 0
+
+
+def test_ray_gives_the_same_manifest_and_latents(
+    once: tuple[Path, dag.Pipeline, Result], tmp_path: Path, shared_data: Path
+) -> None:
+    """Two workers, batches of 8, against one loop with batches of 1."""
+    settings = [f"{name}.batch_size=8" for name in once[1].stages]
+    settings += ["encode.workers=2", "run.runner=ray"]
+    made = build(tmp_path, shared_data / "videos", *settings)
+    assert not run(made, (), Retry(), Reporter()).faults
+    assert query.select(made, None).equals(query.select(once[1], None))
+    ours, theirs = latents(made), latents(once[1])
+    assert ours.keys() == theirs.keys()
+    assert max(float(np.abs(ours[clip] - theirs[clip]).max()) for clip in ours) < 1e-4
 
 
 def test_captions_that_are_missing_are_a_reason_and_cost_no_latents(
