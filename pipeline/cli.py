@@ -220,8 +220,8 @@ def _summary(status: dict[str, Counts], stages: list[str], note: Callable[[str],
     failed = [f"{n} {name}.{why}" for name in stages for why, n in status[name].failed.items()]
     if failed:
         note(f"failed rows: {', '.join(failed)}")
-        worst = next(name for name in stages if status[name].failed)
-        note(f"see them: vidpipe show {worst} --where \"outcome = 'failed'\"")
+        last = next(name for name in reversed(stages) if status[name].failed)
+        note(f"see them: vidpipe show {last} --where \"outcome = 'failed'\"")
 
 
 def _retry(classes: str | None) -> Retry:

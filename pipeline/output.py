@@ -27,7 +27,7 @@ def emit(table: pa.Table, form: str, out: TextIO) -> None:
         for row in rows:
             writer.writerow([_csv_cell(value) for value in row.values()])
     else:
-        out.write(text_table(table.column_names, [list(row.values()) for row in rows]))
+        out.write(text_table(table.column_names, [list(row.values()) for row in rows], CELL))
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -49,11 +49,12 @@ def _csv_cell(value: Any) -> Any:
     return json.dumps(_plain(value)) if isinstance(value, list | dict) else value
 
 
-def text_table(names: list[str], rows: list[list[Any]]) -> str:
-    """Columns side by side, numbers to the right; empty string for no columns."""
+def text_table(names: list[str], rows: list[list[Any]], cut: int | None = None) -> str:
+    """Columns side by side, numbers to the right, cells cut to `cut` characters; an empty string
+    for no columns."""
     if not names:
         return ""
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[_cell(value, cut) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells)]
     right = [
         all(isinstance(r[i], int | float | type(None)) for r in rows) for i in range(len(names))
@@ -68,11 +69,11 @@ def text_table(names: list[str], rows: list[list[Any]]) -> str:
     return "\n".join([line(names), *(line(row) for row in cells)]) + "\n"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, cut: int | None) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
     text = json.dumps(_plain(value)) if isinstance(value, list | dict) else str(value)
     text = " ".join(text.split())
-    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+    return text if cut is None or len(text) <= cut else text[: cut - 1] + "…"

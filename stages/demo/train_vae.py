@@ -22,7 +22,7 @@ SIDE = 64  # pixels of a training frame, and of the demo's clips
 UNSEEN = 2**40  # seeds of training scenes start here; the demo's and the tests' lie far below
 BATCH = 16
 PEAK = 3e-3  # learning rate
-KL = 1e-6  # against losses that are means over pixels in [-1, 1]
+KL = 1e-7  # against losses that are means over pixels in [-1, 1]
 RESAMPLERS = ("AREA", "BILINEAR", "BICUBIC")
 
 
