@@ -87,9 +87,13 @@ def build(config: Config) -> Pipeline:
     layers = {SOURCE_LAYER: source_layer()}
     for name in _order(needs):
         stage = stages[name]
+        try:
+            fingerprint = stage.fingerprint
+        except StageError as error:  # its model is not where the configuration says
+            raise ConfigError(f"{config.file}: {name}: {error}") from error
         layers[name] = Layer(
             name,
-            stage.fingerprint,
+            fingerprint,
             tuple(stage.reads),
             stage.adds,
             tuple(needs[name]) or (SOURCE_LAYER,),

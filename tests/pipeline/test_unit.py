@@ -66,6 +66,38 @@ def test_every_row_is_accounted_for(tmp_path: Path) -> None:
     assert "blob" not in table[0], "payload must stay out of views"
 
 
+class Auditing(Reporter):
+    """Adds up the account at every step of a run."""
+
+    def __init__(self, made: Pipeline) -> None:
+        self.made = made
+        self.looks = 0
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        self.look()
+
+    def unit(self, receipt: unit.Receipt) -> None:
+        self.look()
+
+    def look(self) -> None:
+        self.looks += 1
+        status = planning.status(self.made)
+        assert status["source"].total == len(CAPTIONS) * 3
+        above = None
+        for counts in status.values():
+            settled = sum(counts.rejected.values()) + sum(counts.failed.values())
+            assert counts.total == counts.kept + settled + counts.pending
+            assert above is None or counts.total == above, "in is what the stage before kept"
+            above = counts.kept
+
+
+def test_the_account_adds_up_at_every_step(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS * 3, settings={"length": {"batch_size": 1}})
+    auditing = Auditing(made)
+    run(made, (), Retry(), auditing)
+    assert auditing.looks > 18
+
+
 def test_a_second_run_does_nothing(tmp_path: Path) -> None:
     made = pipeline(tmp_path, CAPTIONS)
     go(made)

@@ -1,0 +1,173 @@
+"""The command as users type it: exit codes, what goes to stdout, what to stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+YAML = """\
+workdir: ./work
+source: {kind: csv, path: ./clips.csv}
+sampling: {fps: 8, frames: 8, size: 64}
+filter: {rules: {length: "len == 8"}}
+recaption: {engine: transformers, model: "demo://captioner"}
+encode: {vae: "demo://vae"}
+run: {runner: local}
+"""
+
+
+def video(path: Path, frames: int) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"preset": "ultrafast"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            picture = np.full((64, 64, 3), 40 + i * 3 % 200, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    video(folder / "long, with comma.mp4", 48)
+    video(folder / "short.mp4", 6)
+    (folder / "text.mp4").write_text("no video at all")
+    (folder / "clips.csv").write_text(
+        "path,text,score\n"
+        '"long, with comma.mp4","a red ""circle"",\nmoving left",0.5\n'
+        "short.mp4,a blue square moves up,0.25\n"
+        "text.mp4,a green triangle,1\n"
+        "gone.mp4,a gone thing,1\n"
+    )
+    (folder / "vidpipe.yaml").write_text(YAML)
+    return folder
+
+
+def vidpipe(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.cli", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def stages(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
+    done = vidpipe(folder, "status", "--json", *words)
+    assert done.returncode == 0, done.stderr
+    status = json.loads(done.stdout)
+    assert set(status) == {"workdir", "stages"}
+    for stage in status["stages"]:
+        assert set(stage) == {
+            "name", "fingerprint", "state", "in", "kept", "rejected", "failed", "pending",
+        }  # fmt: skip
+        settled = sum(stage["rejected"].values()) + sum(stage["failed"].values())
+        assert stage["in"] == stage["kept"] + settled + stage["pending"]
+    return {stage["name"]: stage for stage in status["stages"]}
+
+
+def test_a_project_from_first_status_to_manifest(project: Path) -> None:
+    before = stages(project)
+    assert before["source"]["in"] == before["source"]["pending"] == 4
+    plan = vidpipe(project, "plan")
+    assert plan.returncode == 0 and "never run" in plan.stdout
+
+    ran = vidpipe(project, "run")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "", "talk goes to stderr"
+    assert "failed rows: 1 download.missing_file, 1 probe.not_a_video" in ran.stderr
+    after = stages(project)
+    assert next(iter(after)) == "source"
+    assert after["filter"]["rejected"] == {"length": 1}
+    assert after["encode"]["kept"] == after["recaption"]["kept"] == 1
+
+    shown = vidpipe(project, "show", "encode", "--format", "jsonl")
+    rows = {Path(row["uri"]).name: row for row in objects(shown.stdout)}
+    assert shown.stderr == "" and len(rows) == 4
+    kept = rows["long, with comma.mp4"]
+    assert {
+        "clip_id", "uri", "caption", "outcome", "reason", "len", "fps", "num_frames", "duration",
+        "width", "height", "recaption",
+    } <= set(kept)  # fmt: skip
+    assert "latents" not in kept and kept["latents_shape"] == [8, 8, 8, 8]
+    assert kept["caption"] == 'a red "circle",\nmoving left'
+    assert (kept["outcome"], kept["len"], kept["fps"], kept["source_score"]) == (
+        "kept", 8, 24.0, 0.5,
+    )  # fmt: skip
+    assert rows["gone.mp4"]["outcome"] == "failed" and rows["gone.mp4"]["message"]
+
+    again = vidpipe(project, "run")
+    assert again.returncode == 0 and "nothing to do" in again.stderr
+    for name in ("out.parquet", "out.jsonl"):
+        assert vidpipe(project, "manifest", "--out", name).returncode == 0
+    written = pq.read_table(project / "out.parquet").to_pylist()
+    assert written == objects((project / "out.jsonl").read_text())
+    assert [row["clip_id"] for row in written] == [row["clip_id"] for row in objects(shown.stdout)]
+
+
+def test_show_selects_rows_and_columns_in_every_format(project: Path) -> None:
+    vidpipe(project, "run", "filter")
+    words = ["show", "filter", "--where", "outcome = 'rejected'", "--columns", "uri,len"]
+    assert objects(vidpipe(project, *words).stdout) == [{"uri": "short.mp4", "len": 2}]
+    as_csv = vidpipe(project, *words, "--format", "csv").stdout
+    assert as_csv.split() == ["uri,len", "short.mp4,2"]
+    assert json.loads(vidpipe(project, *words, "--format", "json").stdout)[0]["len"] == 2
+    assert vidpipe(project, *words, "--format", "table").stdout.splitlines()[0] == "uri        len"
+    assert vidpipe(project, "show", "probe", "--limit", "2").stdout.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "encod"], "there is no stage 'encod'. Did you mean encode?"),
+        (["run", "--set", "filter.rules.a='lenn > 1'"], "did you mean 'len'?"),
+        (["run", "--set", "filter.rules.a='len >'"], "rule a: syntax error"),
+        (["run", "--set", "filter.rules.a='(SELECT 1) = 1'"], "a subquery"),
+        (["run", "--set", "sampling.frames=few"], "`sampling.frames` is 'few'"),
+        (["run", "--set", "encode.vae=./nowhere"], "there is no folder"),
+        (["run", "--set", "source.path=./nothing.csv"], "nothing.csv"),
+        (["run", "--set", "recaption.prompt='say {captoin}'"], "did you mean"),
+        (["run", "--retry-failed", "missing_fil"], "Did you mean missing_file?"),
+        (["run", "--gpus", "-1"], "-1"),
+        (["show", "probe", "--columns", "lenn"], "Did you mean len?"),
+        (["show", "probe", "--where", "len >"], "--where"),
+        (["show", "nothing"], "there is no stage 'nothing'"),
+        (["manifest", "--out", "x.txt"], "must end in .parquet or .jsonl"),
+        (["status", "-c", "other.yaml"], "vidpipe init"),
+        (["train", "--set", "recaption.prompt='{caption} anew'"], "no clip is ready"),
+        (["init"], "is there already"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    project: Path, words: Sequence[str], told: str
+) -> None:
+    vidpipe(project, "run", "encode")
+    done = vidpipe(project, *words)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_init_writes_a_file_that_works(project: Path, tmp_path: Path) -> None:
+    assert vidpipe(tmp_path, "init", "--videos", str(project / "clips.csv")).returncode == 0
+    planned = vidpipe(tmp_path, "plan")
+    assert planned.returncode == 0, planned.stderr
+    assert "source: 4 rows, 4 new" in planned.stderr
+    assert vidpipe(tmp_path, "doctor").returncode == 0
+
+
+def test_doctor_says_what_is_wrong(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "vidpipe.yaml").write_text(YAML.replace("demo://vae", "./nowhere"))
+    done = vidpipe(tmp_path, "doctor")
+    assert done.returncode == 1
+    assert "FAIL" in done.stdout and "there is no folder" in done.stdout
