@@ -6,6 +6,7 @@ what a stage saw of it, so that a result is reused exactly as long as its inputs
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import struct
@@ -54,6 +55,12 @@ def digest(value: Any, length: int = 16) -> str:
     """Hex sha256 of the canonical JSON of `value` (sorted keys, no spaces), cut to `length`."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """` Did you mean NAME?`, to follow a sentence; empty where no name is close."""
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def clip_id(uri: str, start: float | None = None, end: float | None = None) -> str:

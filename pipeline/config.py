@@ -7,7 +7,6 @@ a new stage needs no line here.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from manifests.schema import did_you_mean
 from manifests.sources import SourceSettings, resolve_root
 from stages import builtin
 from stages.base import Context, Sampling, Stage
@@ -201,10 +201,9 @@ def _validate(
         if first["type"] == "extra_forbidden":
             nested = len(first["loc"]) > 1 or known is None
             names = _fields_at(model, first["loc"]) if nested else list(known or ())
-            near = difflib.get_close_matches(str(loc[-1]), names, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else "."
             raise ConfigError(
-                f"{at}unknown key `{key}`{hint} Allowed here: {', '.join(sorted(names))}."
+                f"{at}unknown key `{key}`.{did_you_mean(str(loc[-1]), names)} "
+                f"Allowed here: {', '.join(sorted(names))}."
             ) from error
         if first["type"] == "missing":
             raise ConfigError(f"{at}`{key}` is missing: {_example(key)}") from error

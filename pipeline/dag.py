@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from manifests.intake import source_layer
-from manifests.schema import RESERVED, SOURCE_PREFIX
+from manifests.schema import RESERVED, SOURCE_PREFIX, did_you_mean
 from manifests.sources import extras_schema
 from manifests.store import Store
 from manifests.view import SOURCE_LAYER, Dag, Layer
@@ -37,10 +36,9 @@ class Pipeline:
         wanted: set[str] = set()
         for name in names:
             if name not in self.stages:
-                near = difflib.get_close_matches(name, self.stages, n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
                 raise ConfigError(
-                    f"there is no stage {name!r}.{hint} Stages: {', '.join(self.stages)}."
+                    f"there is no stage {name!r}.{did_you_mean(name, self.stages)} "
+                    f"Stages: {', '.join(self.stages)}."
                 )
             wanted |= {name, *self.dag.ancestors[name]}
         return [name for name in self.stages if name in wanted]
@@ -111,10 +109,9 @@ def _needs(
         if column.startswith(SOURCE_PREFIX):
             continue
         if column not in producer:
-            near = difflib.get_close_matches(column, producer, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"stage {stage.name} reads a column {column!r} that nobody adds{hint}"
+                f"stage {stage.name} reads a column {column!r} that nobody adds."
+                f"{did_you_mean(column, producer)}"
             )
         if producer[column] != SOURCE_LAYER:
             found[producer[column]] = None

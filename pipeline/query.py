@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
+from manifests.schema import did_you_mean
 from manifests.view import SOURCE_LAYER, UnitView, terminal
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
@@ -84,10 +84,9 @@ def select(
     view = pa.concat_tables(parts) if parts else pa.schema([]).empty_table()
     for column in columns:
         if column not in view.column_names:
-            near = difflib.get_close_matches(column, view.column_names, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"there is no column {column!r}.{hint} Columns: {', '.join(view.column_names)}."
+                f"there is no column {column!r}.{did_you_mean(column, view.column_names)} "
+                f"Columns: {', '.join(view.column_names)}."
             )
     wanted = ", ".join(f'"{column}"' for column in columns) or "*"
     query = f"SELECT {wanted} FROM manifest"  # noqa: S608  columns are checked, files out of reach

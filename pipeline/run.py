@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from manifests.intake import Scan, scan
+from manifests.schema import did_you_mean
 from manifests.store import Counts
 from pipeline import index, local
 from pipeline.config import ConfigError
@@ -89,8 +89,9 @@ def _checked(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> Retry:
     totals = status(pipeline)
     known = {reason for name in stages for reason in totals[name].failed}
     for name in sorted(retry.classes - known):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         there = ", ".join(sorted(known)) or "none"
-        raise ConfigError(f"--retry-failed {name}: no failed row has that class.{hint} ({there})")
+        raise ConfigError(
+            f"--retry-failed {name}: no failed row has that class.{did_you_mean(name, known)} "
+            f"Classes of failed rows: {there}."
+        )
     return retry

@@ -13,7 +13,6 @@ measure them: changing a threshold here measures nothing again.
 from __future__ import annotations
 
 import atexit
-import difflib
 import functools
 import json
 import re
@@ -25,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field, field_validator
 
+from manifests.schema import did_you_mean
 from stages.base import Context, Failed, Outcome, Rejected, Row, Stage, StageError, StageSettings
 from stages.remember import remembered
 
@@ -105,11 +105,9 @@ def check_rules(rules: Mapping[str, str], columns: pa.Schema) -> list[Rule]:
     for rule in parsed:
         for column in rule.columns:
             if column not in columns.names:
-                near = difflib.get_close_matches(column, columns.names, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise StageError(
-                    f"rule {rule.name}: there is no column {column!r}{hint} "
-                    f"Columns: {', '.join(columns.names)}."
+                    f"rule {rule.name}: there is no column {column!r}."
+                    f"{did_you_mean(column, columns.names)} Columns: {', '.join(columns.names)}."
                 )
         # One row of nulls: what fails even on it (`len > 'many'`) fails on every row.
         database.register("clip", _typed([dict.fromkeys(rule.columns)], rule.columns, columns))

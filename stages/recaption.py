@@ -5,7 +5,6 @@ What is read is what the prompt names: `{caption}`, or any other column in brace
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from manifests.schema import digest
+from manifests.schema import did_you_mean, digest
 from stages.base import (
     Failed,
     Outcome,
@@ -208,9 +207,10 @@ class Recaption(Stage[RecaptionSettings, Engine]):
     def bind(self, columns: pa.Schema) -> None:
         for column in self.reads:
             if column not in columns.names:
-                near = difflib.get_close_matches(column, columns.names, n=1, cutoff=0.5)
-                hint = f"; did you mean {{{near[0]}}}?" if near else ""
-                raise StageError(f"the prompt has {{{column}}} and there is no such column{hint}")
+                raise StageError(
+                    f"the prompt has {{{column}}} and there is no such column."
+                    f"{did_you_mean(column, columns.names)}"
+                )
 
     def check(self) -> None:
         s = self.settings

@@ -35,13 +35,13 @@ def test_the_short_file_works_with_everything_else_at_its_default(tmp_path: Path
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("fps: 16", "fbs: 16", "vidpipe.yaml:3: unknown key `sampling.fbs`; did you mean `fps`?"),
+        ("fps: 16", "fbs: 16", "vidpipe.yaml:3: unknown key `sampling.fbs`. Did you mean fps?"),
         ("fps: 16", "fps: quick", "vidpipe.yaml:3: `sampling.fps` is 'quick'"),
         ("fps: 16", "fps: -1", "vidpipe.yaml:3: `sampling.fps` is -1"),
         ("fit: crop", "fit: stretch", "'crop', 'pad' or 'squash'"),
         ("engine: transformers", "engine: vlm", "vidpipe.yaml:5: `recaption.engine` is 'vlm'"),
-        ("vae:", "vea:", "vidpipe.yaml:6: unknown key `encode.vea`; did you mean `vae`?"),
-        ("encode:", "encoed:", "vidpipe.yaml:6: unknown key `encoed`; did you mean `encode`?"),
+        ("vae:", "vea:", "vidpipe.yaml:6: unknown key `encode.vea`. Did you mean vae?"),
+        ("encode:", "encoed:", "vidpipe.yaml:6: unknown key `encoed`. Did you mean encode?"),
         ("kind: folder, ", "", "vidpipe.yaml:2: `source.kind` is missing"),
         ("kind: folder", "kind: folders", "vidpipe.yaml:2: `source.kind` is 'folders'"),
         (
@@ -124,7 +124,7 @@ def test_a_stage_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = parsed(SHORT + use, tmp_path)
     assert config.stages["wide"].settings.ratio == 3
     for wrong, told in (
-        (use.replace("ratio", "ration"), "unknown key `stages.wide.ration`; did you mean `ratio`?"),
+        (use.replace("ratio", "ration"), "unknown key `stages.wide.ration`. Did you mean ratio?"),
         (use.replace(":Wide", ":Wider"), "has no class Wider"),
         (use.replace("my_wide_stage:", "not_there_at_all:"), "No module named 'not_there_at_all'"),
         (use.replace(":Wide", ":NoStage"), "is no stage"),

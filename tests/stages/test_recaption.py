@@ -78,7 +78,7 @@ def test_a_bad_template_is_refused_before_the_run(prompt: str, why: str) -> None
 
 def test_an_unknown_column_is_refused_before_the_run() -> None:
     make(prompt="{fps} {caption}").bind(COLUMNS)
-    with pytest.raises(StageError, match=r"\{captoin\}.*did you mean \{caption\}"):
+    with pytest.raises(StageError, match=r"\{captoin\}.*Did you mean caption\?"):
         make(prompt="{captoin}").bind(COLUMNS)
 
 
