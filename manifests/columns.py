@@ -56,6 +56,7 @@ class SourceRow(NamedTuple):
     end: float | None  # seconds
     origin: str  # "clips.csv:17"
     extras: dict[str, Any]  # by the names of `extras_schema`
+    version: str | None = None  # of the file behind it, where the source lists files
 
 
 class Extra(NamedTuple):

@@ -135,6 +135,7 @@ def _rows(source: Iterable[SourceRow], seen: set[str]) -> Iterator[dict[str, Any
             "caption": source_row.caption,
             "start": source_row.start,
             "end": source_row.end,
+            "version": source_row.version,
             **source_row.extras,
         }
         key = row_key(v for pair in sorted(values.items()) for v in pair)

@@ -37,6 +37,7 @@ _STATE = (
 class Video(NamedTuple):
     uri: str  # relative to the folder, with slashes
     caption: str | None
+    version: str  # changes when the file's content may have
 
 
 def is_video(name: str) -> bool:
@@ -107,7 +108,7 @@ def videos(url: str, patterns: Sequence[str], recursive: bool, encoding: str) ->
     """The folder's videos, each with the text of `<stem>.txt` beside it. Raises SourceError."""
     fs, path = _folder(url)
     empty = True
-    for relative, _, caption in _walk(fs, path, "", patterns, recursive, ()):
+    for relative, info, caption in _walk(fs, path, "", patterns, recursive, ()):
         empty = False
         try:
             relative.encode()
@@ -115,7 +116,8 @@ def videos(url: str, patterns: Sequence[str], recursive: bool, encoding: str) ->
             raise SourceError(
                 f"{_shown(fs, path)}: the file name {relative!r} is not UTF-8. Rename it."
             ) from error
-        yield Video(relative, _caption(fs, caption["name"], encoding) if caption else None)
+        text = _caption(fs, caption["name"], encoding) if caption else None
+        yield Video(relative, text, digest(_facts(info)))
     if empty:
         wanted = ", ".join(patterns) or ", ".join(VIDEO_EXTENSIONS)
         raise SourceError(

@@ -30,6 +30,7 @@ SOURCE = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("start", pa.float64()),  # seconds into the video; null: from its beginning
         pa.field("end", pa.float64()),  # seconds; null: to its end
+        pa.field("version", pa.string()),  # of the file, where the source lists files; else null
         pa.field("origin", pa.string()),  # "clips.csv:17", for messages; in no key
     ]
 )

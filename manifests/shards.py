@@ -13,6 +13,7 @@ ever used together with the clip id that must stand there.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -122,9 +123,10 @@ class Index:
         fs, path = fsspec.core.url_to_fs(url)
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         facts = {**self.facts, "workdir": self.workdir, "spec": self.spec.to_json()}
-        with fs.open(path + ".part", "wb") as file:
+        part = f"{path}.{uuid.uuid4().hex}.part"  # two runs may end at the same moment
+        with fs.open(part, "wb") as file:
             pq.write_table(with_facts(self.table, facts), file, compression="zstd")
-        fs.mv(path + ".part", path)
+        fs.mv(part, path)
 
 
 def with_facts(table: pa.Table, facts: dict[str, Any]) -> pa.Table:

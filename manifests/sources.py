@@ -112,7 +112,9 @@ def read(settings: SourceSettings) -> Iterator[SourceRow]:
         for video in listing.videos(
             settings.path, settings.patterns, settings.recursive, settings.codec
         ):
-            yield SourceRow(video.uri, video.caption, None, None, video.uri, {})
+            yield SourceRow(
+                video.uri, video.caption, None, None, video.uri, {}, version=video.version
+            )
     elif settings.kind == "prompts":
         for name, line, caption, uri in listing.pairs(
             settings.path, settings.videos, settings.codec

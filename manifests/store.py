@@ -111,12 +111,12 @@ class Store:
         return f"{self.root}/{name}"
 
     def create(self, name: str, data: bytes) -> bool:
-        """Creates the object whole and durable; False if one of that name is already there."""
+        """Creates the object whole and durable; False if another one of that name is there."""
         if not self.local:
             try:
                 self.fs.pipe_file(self.path(name), data, mode="create")
             except FileExistsError:
-                return False
+                return self._is_ours(name, data)
             except (TypeError, NotImplementedError, ValueError) as error:
                 raise StoreError(
                     f"{self.url} has no conditional put, so commits there could overwrite each "
@@ -133,11 +133,16 @@ class Store:
             try:
                 os.link(part, path)
             except FileExistsError:
-                return False
+                return self._is_ours(name, data)
         finally:
             part.unlink(missing_ok=True)
         _sync_folder(path.parent)
         return True
+
+    def _is_ours(self, name: str, data: bytes) -> bool:
+        """Whether what stands there is what was just put: a retry after a lost reply meets its own
+        object. Commits bear an attempt's id, so equal bytes are the same attempt."""
+        return self.read(name) == data
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
@@ -188,7 +193,7 @@ class Store:
         except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
             raise StoreError(
                 f"{self.path(name)}, which a commit names, can't be read: {error}. "
-                "Delete that unit's folder to have it computed again."
+                "Delete that unit's folder (of the source: source/scans too) to have it made again."
             ) from error
 
 

@@ -106,7 +106,12 @@ class UnitView:
         if name == SOURCE_LAYER:
             return commits[-1] if commits else None
         state = self.inputs_state(name)
-        return next((c for c in reversed(commits) if c.inputs == state), None)
+        for commit in reversed(commits):
+            if commit.inputs == state:
+                return commit
+            if commit.data is not None:
+                break  # rows were settled since under other inputs: older counts may be short
+        return None
 
     def counts(self, name: str) -> Counts:
         """The account of the stage in this unit. Reads no rows where a commit already has it."""
@@ -160,7 +165,13 @@ class UnitView:
         """`clip_id`, as the stage knows it, and `columns` of the rows at `rows`."""
         own = {"clip_id": pa.array(self.ids(name, rows), pa.string())}
         places = pa.array(rows, pa.int64())
-        return pa.table(own | {c: self.table.column(c).take(places) for c in columns})
+        return pa.table(own | {c: self._column(c).take(places) for c in columns})
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        """A column of the view; nulls for one of the user's table that this unit's rows lack."""
+        if name in self.table.column_names:
+            return self.table.column(name)
+        return pa.chunked_array([pa.nulls(self.table.num_rows)])
 
     def ids(self, name: str, rows: Sequence[int]) -> list[str]:
         """The clip ids of the rows at `rows`, as the stage knows them."""
@@ -170,11 +181,12 @@ class UnitView:
 
     def _settle_source(self) -> Settled:
         """The last word on each clip; rows that left the table are left out."""
-        state, places = self._state(SOURCE_LAYER)
-        last = {clip: i for i, clip in enumerate(state.column("clip_id").to_pylist())}
-        outcomes = state.column("outcome").to_pylist()
-        rows = [i for i in last.values() if outcomes[i] != ABSENT]
-        state = state.take(pa.array(rows, pa.int64()))
+        tables, places = self._data(SOURCE_LAYER)
+        ids = [clip for table in tables for clip in table.column("clip_id").to_pylist()]
+        outcomes = [outcome for table in tables for outcome in table.column("outcome").to_pylist()]
+        last = {clip: i for i, clip in enumerate(ids)}
+        rows = sorted(i for i in last.values() if outcomes[i] != ABSENT)
+        state = _taken(tables, rows)
         own = [n for n in state.column_names if n not in OUTCOME.names or n == "clip_id"]
         self._table = state.select(own)
         self._clip_ids: list[str] = state.column("clip_id").to_pylist()
@@ -189,7 +201,8 @@ class UnitView:
         table = self._table
         above = [self._settled[need].outcome for need in layer.needs]
         reached = [i for i, known in enumerate(zip(*above)) if all(o == KEPT for o in known)]
-        inputs = table.select(list(layer.reads)).take(pa.array(reached, pa.int64()))
+        places_reached = pa.array(reached, pa.int64())
+        inputs = pa.table({c: self._column(c).take(places_reached) for c in layer.reads})
         keys = row_keys(inputs, layer.reads) if layer.reads else row_keys(table, ())
         ids = self._ids(name)
         state, places = self._state(name)
@@ -250,9 +263,18 @@ class UnitView:
     def _state(self, name: str) -> tuple[pa.Table, list[tuple[str, int]]]:
         """All rows ever committed for the unit under this fingerprint, oldest first, without
         payload, and where each stands."""
+        tables, places = self._data(name)
+        if not tables:
+            added = [f for f in self.dag.layers[name].adds if not pa.types.is_binary(f.type)]
+            return pa.schema([*OUTCOME, *added]).empty_table(), []
+        return pa.concat_tables(tables), places
+
+    def _data(self, name: str) -> tuple[list[pa.Table], list[tuple[str, int]]]:
+        """The rows of each commit, without payload, and where each row stands."""
         layer = self.dag.layers[name]
         log = self.dag.log(self.store, name)
-        tables, places = [], []
+        tables: list[pa.Table] = []
+        places: list[tuple[str, int]] = []
         for commit in self.commits(name):
             if commit.data is None:
                 continue
@@ -263,10 +285,25 @@ class UnitView:
                 columns = [*OUTCOME.names, *added]
             tables.append(self.store.read_parquet(file, columns).replace_schema_metadata(None))
             places += [(file, i) for i in range(tables[-1].num_rows)]
-        if not tables:
-            schema = [*OUTCOME, *(f for f in layer.adds if not pa.types.is_binary(f.type))]
-            return pa.schema(schema).empty_table(), []
-        return pa.concat_tables(tables, promote_options="permissive"), places
+        return tables, places
+
+
+def _taken(tables: Sequence[pa.Table], rows: Sequence[int]) -> pa.Table:
+    """The rows at `rows`, counted over all tables, in ascending order.
+
+    Tables that have none are left out first: a column of the user's table may have had another
+    type before, and then no row of that time is current, since its key holds the type.
+    """
+    first = 0
+    parts = []
+    for table in tables:
+        own = [i - first for i in rows if first <= i < first + table.num_rows]
+        if own:
+            parts.append(table.take(pa.array(own, pa.int64())))
+        first += table.num_rows
+    if not parts:
+        return tables[-1].slice(0, 0) if tables else pa.schema(OUTCOME).empty_table()
+    return pa.concat_tables(parts, promote_options="permissive")
 
 
 def _last_by_key(

@@ -154,13 +154,13 @@ def plan(
     address: str | None,
     retry_failed: str | None,
 ) -> None:
-    """Show what `vidpipe run` would do, and why."""
+    """Show what `vidpipe run` would do, and why. Takes in new rows of the source; runs nothing."""
     from pipeline.output import text_table
     from pipeline.report import console
     from pipeline.run import prepare
 
     pipeline = _load(file, overrides, gpus=gpus, runner=runner, address=address)
-    _, _, todo = prepare(pipeline, stages, _retry(retry_failed), console())
+    _, _, todo = prepare(pipeline, *_asked(pipeline, stages, retry_failed), console())
     rows = [[s.name, s.counts.total, s.todo, len(s.units), s.why] for s in todo.stages.values()]
     click.echo(text_table(["stage", "in", "to do", "units", "why"], rows), nl=False)
     if todo.empty:
@@ -191,7 +191,7 @@ def run(
 
     pipeline = _load(file, overrides, gpus=gpus, runner=runner, address=address)
     report = console()
-    result = run_pipeline(pipeline, stages, _retry(retry_failed), report, explain)
+    result = run_pipeline(pipeline, *_asked(pipeline, stages, retry_failed), report, explain)
     if not result.ran:
         report.note(f"nothing to do: {_up_to_date(result.stages)}")
     _summary(result.status, result.stages, report.note)
@@ -224,13 +224,19 @@ def _summary(status: dict[str, Counts], stages: list[str], note: Callable[[str],
         note(f"see them: vidpipe show {last} --where \"outcome = 'failed'\"")
 
 
-def _retry(classes: str | None) -> Retry:
+def _asked(
+    pipeline: Pipeline, stages: tuple[str, ...], classes: str | None
+) -> tuple[tuple[str, ...], Retry]:
+    """The stages and what to retry. In `--retry-failed encode` the word is a stage: the option's
+    own value may be left out, and click takes the next word for it."""
     from pipeline.unit import Retry
 
     if classes is None:
-        return Retry()
+        return stages, Retry()
+    if classes in pipeline.stages:
+        stages, classes = (*stages, classes), "*"
     named = () if classes == "*" else (c.strip() for c in classes.split(","))
-    return Retry(True, frozenset(named))
+    return stages, Retry(True, frozenset(named))
 
 
 @cli.command()

@@ -171,7 +171,7 @@ def _from_file(value: Any, base: Path) -> Any:
 
 
 def _absolute(path: str, base: Path) -> str:
-    return path if "://" in path else str((base / path).resolve())
+    return path if "://" in path else str((base / Path(path).expanduser()).resolve())
 
 
 def _absolute_source(source: SourceSettings, base: Path) -> SourceSettings:
@@ -196,7 +196,7 @@ def _validate(
     except ValidationError as error:
         first = error.errors()[0]
         loc = (*where, *(part for part in first["loc"]))
-        key = ".".join(str(part) for part in loc if not _is_branch(part, lines, where))
+        key = ".".join(str(part) for part in loc if not _is_branch(part))
         at = _at(file, lines, loc)
         if first["type"] == "extra_forbidden":
             nested = len(first["loc"]) > 1 or known is None
@@ -215,7 +215,7 @@ def _validate(
         ) from error
 
 
-def _is_branch(part: Any, lines: Mapping[tuple[Any, ...], str], where: tuple[str, ...]) -> bool:
+def _is_branch(part: Any) -> bool:
     """pydantic names the members of a union in an error's place; they are no keys of the file."""
     return isinstance(part, str) and (part in ("int", "str", "float") or "[" in part)
 

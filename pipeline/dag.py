@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from manifests.sources import extras_schema
 from manifests.store import Store
 from manifests.view import SOURCE_LAYER, Dag, Layer
 from pipeline.config import Config, ConfigError
+from stages import builtin
 from stages.base import Stage, StageError
 
 
@@ -115,11 +116,17 @@ def _needs(
             )
         if producer[column] != SOURCE_LAYER:
             found[producer[column]] = None
-    for gate in stage.after:
-        # A gate that was switched off holds nobody back.
-        if gate in stages:
-            found[gate] = None
+    found |= dict.fromkeys(_gates(stage.after, stages))
     return list(found)
+
+
+def _gates(after: Sequence[str], stages: Mapping[str, Stage[Any, Any]]) -> Iterator[str]:
+    """The gates that are there; one that was switched off hands on its own."""
+    for gate in after:
+        if gate in stages:
+            yield gate
+        elif gate in builtin():
+            yield from _gates(builtin()[gate].after, stages)
 
 
 def _order(needs: Mapping[str, Sequence[str]]) -> list[str]:

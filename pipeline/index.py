@@ -41,7 +41,7 @@ def refresh(pipeline: Pipeline) -> int | None:
         ]
         + [pipeline.dag.layers[n].fingerprint for n in wanted]
     )
-    if state == _last_state(pipeline):
+    if state == _last_state(pipeline) and pipeline.store.find(INDEX_NAME):
         return None
     rows: list[dict[str, Any]] = []
     for view in all_views:

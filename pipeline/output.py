@@ -9,7 +9,6 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
-FORMATS = ("table", "json", "jsonl", "csv")
 # Cells of a table on a terminal are cut to this; the other formats never cut.
 CELL = 40
 

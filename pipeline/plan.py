@@ -19,6 +19,7 @@ class StagePlan:
     counts: Counts = field(default_factory=Counts)
     retried: int = 0  # failed rows that are tried again
     units: list[str] = field(default_factory=list)
+    waits: bool = False  # stages upstream have work too, and may hand on more
     why: str = ""
 
     @property
@@ -76,6 +77,7 @@ def plan(pipeline: Pipeline, stages: Sequence[str], retry: Retry = Retry()) -> P
             failed = {r: n for r, n in counts.failed.items() if retry.wants("failed", r)}
             stage.retried += sum(failed.values())
             waits = any(a in open_above for a in pipeline.dag.ancestors[name])
+            stage.waits = stage.waits or waits
             if waits or counts.pending or failed or view.current(name) is None:
                 stage.units.append(view.unit)
                 open_above.add(name)

@@ -22,7 +22,7 @@ def tables(pipeline: Pipeline, stage: str | None) -> Iterator[pa.Table]:
     names = (
         list(pipeline.dag.layers)
         if stage is None
-        else [SOURCE_LAYER, *(n for n in pipeline.upstream([stage]) if n != SOURCE_LAYER)]
+        else [SOURCE_LAYER, *(pipeline.upstream([stage]) if stage != SOURCE_LAYER else [])]
     )
     columns = pipeline.columns()
     for view in views(pipeline):
@@ -45,13 +45,7 @@ def _joined(
         ("stage", ended),
     ):
         table = table.append_column(name, pa.array(values, pa.string()))
-    schema = pa.schema(
-        [
-            pa.field("clip_id", pa.string()),
-            *columns,
-            *(pa.field(n, pa.string()) for n in ("outcome", "reason", "message", "stage")),
-        ]
-    )
+    schema = _schema(columns)
     present = [f if f.name in table.column_names else None for f in schema]
     filled = {
         f.name: table.column(f.name).cast(f.type)
@@ -59,8 +53,14 @@ def _joined(
         else pa.nulls(table.num_rows, f.type)
         for f, known in zip(schema, present)
     }
-    order = [*_FIRST, *(n for n in filled if n not in _FIRST)]
-    return pa.table({name: filled[name] for name in order})
+    return pa.table({name: filled[name] for name in schema.names})
+
+
+def _schema(columns: pa.Schema) -> pa.Schema:
+    """Of the joined view: what one looks for first comes first."""
+    text = [pa.field(n, pa.string()) for n in ("clip_id", "outcome", "reason", "message", "stage")]
+    every = {field.name: field for field in [*text, *columns]}
+    return pa.schema([every[n] for n in (*_FIRST, *(n for n in every if n not in _FIRST))])
 
 
 def select(
@@ -81,7 +81,7 @@ def select(
         parts.append(part)
         if where is None and limit is not None and sum(p.num_rows for p in parts) >= limit:
             break
-    view = pa.concat_tables(parts) if parts else pa.schema([]).empty_table()
+    view = pa.concat_tables(parts or [_schema(pipeline.columns()).empty_table()])
     for column in columns:
         if column not in view.column_names:
             raise ConfigError(

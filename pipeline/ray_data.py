@@ -52,7 +52,8 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
     """
     # The C++ side of the driver writes its messages straight to stderr, amid the progress.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A worker that was given no GPU must see none, or every `device: auto` takes the first.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # Stages of the user's own are modules beside vidpipe.yaml. A private Ray hands its workers this
     # process' environment; a runtime_env would do it too, and cost each worker a second start.
     path = os.pathsep.join(filter(None, (str(base), os.environ.get("PYTHONPATH"))))
@@ -164,7 +165,7 @@ def _run_wave(
     except ray.exceptions.RayError as error:
         raise RunError(
             f"{' → '.join(part.stages)}: a worker died and its retries are used up: "
-            f"{_first_line(error)}. What was committed is kept: `vidpipe run` goes on from there."
+            f"{_last_line(error)}. What was committed is kept: `vidpipe run` goes on from there."
         ) from error
     return faults
 
@@ -322,6 +323,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from manifests.sources import SourceSettings
 from pipeline.config import RunSettings
 from stages import builtin
-from stages.base import SPEED, Sampling, StageSettings
+from stages.base import NAMED, SPEED, Sampling, StageSettings
 
 HEAD = """\
 # vidpipe.yaml
@@ -22,7 +22,8 @@ overridden on the
 command line: `--set encode.dtype=bfloat16`.
 
 *changes results*: part of the stage's fingerprint; another value makes other results, kept beside
-the old ones. *speed*: never changes a result, so changing it computes nothing again.
+the old ones. *by content*: names something that is known by what is in it, wherever it lies.
+*speed*: never changes a result, so changing it computes nothing again.
 
 Top level: `workdir` (default `./work`; a folder, or any fsspec URL with a conditional put),
 `source`, `sampling`, `run`, `train`, `stages`, and one section per stage. The settings of `train`
@@ -62,7 +63,7 @@ def _table(model: type[BaseModel], leave_out: typing.Collection[str]) -> str:
     staged = issubclass(model, StageSettings)
     rows = [
         f"| `{name}` | {_type(field)} | {_default(field)} |"
-        + (f" {'speed' if SPEED in field.metadata else 'changes results'} |" if staged else "")
+        + (f" {_effect(field)} |" if staged else "")
         + f" {(field.description or '').replace('|', '/')} |"
         for name, field in model.model_fields.items()
         if name not in leave_out
@@ -72,6 +73,12 @@ def _table(model: type[BaseModel], leave_out: typing.Collection[str]) -> str:
     kind = " |" if staged else ""
     head = f"\n| setting | type | default |{kind}  |\n|---|---|---|{'---|' if staged else ''}---|\n"
     return head + "\n".join(rows) + "\n"
+
+
+def _effect(field: FieldInfo) -> str:
+    if SPEED in field.metadata:
+        return "speed"
+    return "by content" if NAMED in field.metadata else "changes results"
 
 
 def _type(field: FieldInfo) -> str:

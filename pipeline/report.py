@@ -98,9 +98,12 @@ class PlainReporter(Reporter):
         done = self._done[stage]
         seconds = max(1e-9, now - self._began[stage])
         plan = self._stages.get(stage)
-        total = f" of {max(plan.todo, done.total)}" if plan and plan.todo else ""
+        known = plan is not None and not plan.waits
+        total = f" of {plan.todo}" if plan and known else ""
         rate = f", {done.total / seconds:.1f} rows/s" if seconds > 0.5 else ""
-        self._write(f"{stage}: {done.total}{total} rows: {describe(done)}{rate}")
+        left = plan.todo - done.total if plan and known else 0
+        time_left = f", {left * seconds / done.total:.0f} s left" if left > 0 and rate else ""
+        self._write(f"{stage}: {done.total}{total} rows: {describe(done)}{rate}{time_left}")
 
     def _write(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -117,6 +120,7 @@ class LiveReporter(Reporter):
         self._tasks: dict[str, TaskID] = {}
         self._plans: dict[str, StagePlan] = {}
         self._done: dict[str, Counts] = {}
+        self._units: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def start(self, stages: Mapping[str, StagePlan]) -> None:
@@ -142,7 +146,12 @@ class LiveReporter(Reporter):
         for name, plan in stages.items():
             if plan.units:
                 self._tasks[name] = self._progress.add_task(
-                    name, total=plan.todo or None, start=False, outcomes="", rate=""
+                    # How much there will be is not known while upstream is at work: a pulse.
+                    name,
+                    total=None if plan.waits else plan.todo,
+                    start=False,
+                    outcomes="",
+                    rate="",
                 )
         self._progress.start()
 
@@ -160,7 +169,6 @@ class LiveReporter(Reporter):
             self._progress.update(
                 task,
                 completed=done.total,
-                total=max(self._plans[stage].todo, done.total),
                 outcomes=describe(done),
                 rate=f"{done.total / elapsed:.1f} rows/s" if elapsed > 0.5 else "",
             )
@@ -168,6 +176,13 @@ class LiveReporter(Reporter):
     def unit(self, receipt: Receipt) -> None:
         if receipt.error:
             self.note(f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}")
+        with self._lock:
+            units = self._units[receipt.stage] = self._units.get(receipt.stage, 0) + 1
+            if self._progress is not None and units == len(self._plans[receipt.stage].units):
+                done = self._done.get(receipt.stage, Counts()).total
+                task = self._tasks[receipt.stage]
+                self._progress.start_task(task)
+                self._progress.update(task, total=max(1, done), completed=max(1, done))
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -98,7 +98,7 @@ def passes(
                 f"run.mode is pipelined, but {', '.join((*chain, name))} side by side take more "
                 f"{' and '.join(over)} than there are: lower their workers, or leave run.mode auto"
             )
-        if over and chain and workers[name].actor:
+        if over and chain:
             beside = " and ".join(n for n in chain if workers[n].actor) or chain[-1]
             why = f"{name} beside {beside} would take more {' and '.join(over)} than there are"
             done.append(Pass(tuple(chain), why))

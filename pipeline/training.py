@@ -6,6 +6,7 @@ The trainer knows nothing of the pipeline: it gets an index, a folder and its ow
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,13 @@ def settings(
     }
     chosen: dict[str, Any] = {"expect": expect, **pipeline.config.train}
     chosen["index"] = index.path(pipeline)
-    chosen["output"] = output or chosen.get("output") or f"{pipeline.config.workdir}/train"
+    default = f"{pipeline.config.workdir}/train"
+    named = chosen.get("output")
+    chosen["output"] = output or (str(pipeline.config.base / named) if named else default)
+    if "://" in chosen["output"]:
+        raise ConfigError(
+            f"checkpoints can't go to {chosen['output']}: name a local folder with --output"
+        )
     if steps is not None:
         chosen["steps"] = steps
     return chosen
@@ -67,13 +74,17 @@ def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | N
 
 
 def _call(module: str, *arguments: str) -> int:
-    """Runs a module of the trainer to its end. Ctrl-C reaches it too: it saves, and we wait."""
+    """Runs a module of the trainer to its end. Ctrl-C and SIGTERM reach it, it saves, we wait."""
     with subprocess.Popen([sys.executable, "-m", module, *arguments]) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            while True:
+                try:
+                    return process.wait()
+                except KeyboardInterrupt:
+                    continue
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _nothing_ready(pipeline: Pipeline) -> str:

@@ -50,9 +50,18 @@ class _Speed:
     """Marks a setting that changes speed and never results; it stays out of the fingerprint."""
 
 
+class _Named:
+    """Marks a setting that only says where something is found: its content is in the identity."""
+
+
 SPEED = _Speed()
+NAMED = _Named()
 T = TypeVar("T")
 Speed = Annotated[T, SPEED]
+Named = Annotated[T, NAMED]
+
+
+Pixels = Annotated[int, Field(ge=1, le=16384)]
 
 
 class StageSettings(BaseModel):
@@ -75,7 +84,9 @@ class Sampling(BaseModel):
 
     fps: float = Field(16.0, gt=0, le=1000, description="frames a second, by presentation time")
     frames: int = Field(64, ge=1, le=100_000, description="frames of a clip")
-    size: int | tuple[int, int] = Field(256, description="pixels: a square side or [height, width]")
+    size: Pixels | tuple[Pixels, Pixels] = Field(
+        256, description="pixels: a square side or [height, width]"
+    )
     fit: Literal["crop", "pad", "squash"] = Field(
         "crop", description="to the size asked: cut the sides, add black bars, or distort"
     )
@@ -204,8 +215,8 @@ class Stage(ABC, Generic[S, Model]):
 def matters(settings: BaseModel) -> dict[str, Any]:
     """The settings that change results, as JSON-able values."""
     fields = type(settings).model_fields
-    speed = {name for name, field in fields.items() if SPEED in field.metadata}
-    values = settings.model_dump(mode="json", exclude=speed)
+    apart = {n for n, field in fields.items() if SPEED in field.metadata or NAMED in field.metadata}
+    values = settings.model_dump(mode="json", exclude=apart)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise StageError(f"{name} is {value}: a setting must be a finite number")

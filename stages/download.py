@@ -175,7 +175,7 @@ class Download(Stage[DownloadSettings, None]):
 
     name = "download"
     Settings = DownloadSettings
-    reads = ("uri",)
+    reads = ("uri", "version")
     adds = pa.schema(
         [
             pa.field("path", pa.string()),
@@ -192,7 +192,7 @@ class Download(Stage[DownloadSettings, None]):
         self._limits = Limits(s.max_bytes, s.timeout, s.retries, s.backoff)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "root": self.context.root}
+        return {**super().identity(), "root": redact(self.context.root)}
 
     def check(self) -> None:
         scheme = Place(self.context.root).scheme

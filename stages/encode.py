@@ -11,9 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from manifests.shards import LATENTS, LatentSpec
-from stages.base import Failed, Outcome, Rejected, Resources, Row, Speed, Stage, StageSettings
+from stages.base import (
+    Failed,
+    Named,
+    Outcome,
+    Rejected,
+    Resources,
+    Row,
+    Speed,
+    Stage,
+    StageSettings,
+)
 from stages.frames import Clip, TooShort, VideoError, local_path, read_clip
-from stages.models import model_identity, resolve
+from stages.models import folder_sha256, model_identity, resolve
 from stages.vaes import Vae, shape_of
 
 if TYPE_CHECKING:
@@ -24,10 +34,9 @@ CLIPS_AHEAD = 4
 
 
 class EncodeSettings(StageSettings):
-    # These three name the model; what tells it apart is its content (identity).
-    vae: Speed[str] = Field("demo://vae", description="diffusers folder, hub id or demo://vae")
-    revision: Speed[str | None] = Field(None, description="of a hub id: branch, tag or commit")
-    subfolder: Speed[str | None] = Field(
+    vae: Named[str] = Field("demo://vae", description="diffusers folder, hub id or demo://vae")
+    revision: Named[str | None] = Field(None, description="of a hub id: branch, tag or commit")
+    subfolder: Named[str | None] = Field(
         None, description="of the folder or hub id; a pipeline's own folder has it in `vae`"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -97,7 +106,7 @@ class Encode(Stage[EncodeSettings, Vae]):
         spec = LatentSpec(
             vae=self.settings.vae,
             vae_class=model.shape.class_name,
-            vae_sha256=self.identity()["model"].get("sha256", ""),
+            vae_sha256=folder_sha256(Path(self.folder())),
             fingerprint=self.fingerprint,
             moments=self.settings.moments and model.family.posterior,
             channels=model.channels,

@@ -42,6 +42,14 @@ class ScoreSettings(StageSettings):
     pictures: Speed[int] = Field(64, ge=1, description="frames that go through CLIP at once")
 
 
+def _sha256(file: str) -> str:
+    """Raises StageError."""
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise StageError(f"aesthetic_head: {file} can't be read: {error.strerror}") from error
+
+
 class Score(Stage[ScoreSettings, Aesthetics | None]):
     """Means over a few frames of the clip.
 
@@ -71,7 +79,7 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
             return super().identity()
         models = {
             "clip": model_identity(s.clip, s.revision),
-            "head": hashlib.sha256(Path(s.aesthetic_head).read_bytes()).hexdigest(),
+            "head": _sha256(s.aesthetic_head),
         }
         return {**super().identity(), "models": models}
 

@@ -28,6 +28,12 @@ def test_an_object_is_created_once(store: Store) -> None:
     assert store.find("a") == ["a/b.json"]
 
 
+def test_a_retry_after_a_lost_reply_meets_its_own_object(store: Store) -> None:
+    assert store.create("commit", b"mine")
+    assert store.create("commit", b"mine"), "it is there, and it is ours"
+    assert not store.create("commit", b"theirs")
+
+
 def test_of_many_creators_one_wins(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     won: list[int] = []

@@ -158,6 +158,52 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
+def test_a_replaced_file_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "vidpipe.yaml").write_text(
+        YAML.replace("csv, path: ./clips.csv", "folder, path: ./videos")
+    )
+    video(tmp_path / "videos" / "a.mp4", 48)
+    video(tmp_path / "videos" / "b.mp4", 48)
+    vidpipe(tmp_path, "run", "encode")
+    video(tmp_path / "videos" / "a.mp4", 60)
+    ran = vidpipe(tmp_path, "run", "encode")
+    assert "source: 2 rows, 0 new, 1 changed" in ran.stderr
+    rows = objects(vidpipe(tmp_path, "show", "encode").stdout)
+    assert [(row["uri"], row["num_frames"], row["outcome"]) for row in rows] == [
+        ("b.mp4", 48, "kept"),
+        ("a.mp4", 60, "kept"),
+    ]
+
+
+def test_the_source_can_be_looked_at_before_and_after(tmp_path: Path) -> None:
+    (tmp_path / "vidpipe.yaml").write_text(YAML)
+    (tmp_path / "clips.csv").write_text("path,text\na.mp4,one\na.mp4,two\n")
+    before = vidpipe(tmp_path, "show", "encode")
+    assert (before.returncode, before.stdout, before.stderr) == (0, "", "")
+    vidpipe(tmp_path, "run", "download")
+    rows = objects(vidpipe(tmp_path, "show", "source").stdout)
+    assert [(row["outcome"], row["reason"]) for row in rows] == [
+        ("kept", None),
+        ("rejected", "duplicate"),
+    ]
+
+
+def test_a_stage_may_follow_retry_failed(project: Path) -> None:
+    vidpipe(project, "run", "encode")
+    done = vidpipe(project, "run", "--retry-failed", "download")
+    assert done.returncode == 0 and "download: 1 of 1 rows" in done.stderr
+    done = vidpipe(project, "run", "encode", "--retry-failed", "not_a_video")
+    assert "probe: 1 of 1 rows" in done.stderr and "download: 1" not in done.stderr
+
+
+def test_without_a_filter_broken_files_still_stop_at_probe(project: Path) -> None:
+    planned = vidpipe(project, "run", "encode", "--set", "filter.enabled=false")
+    assert planned.returncode == 0
+    got = stages(project, "--set", "filter.enabled=false")
+    assert got["encode"]["in"] == got["probe"]["kept"] == 2
+
+
 def test_init_writes_a_file_that_works(project: Path, tmp_path: Path) -> None:
     assert vidpipe(tmp_path, "init", "--videos", str(project / "clips.csv")).returncode == 0
     planned = vidpipe(tmp_path, "plan")

@@ -72,6 +72,11 @@ def test_stages_are_chained_as_far_as_they_fit() -> None:
     assert cut(two_models, Offer(64, 0), "staged") == [(name,) for name in two_models]
 
 
+def test_a_task_behind_actors_that_hold_all_cpus_gets_a_pass_of_its_own() -> None:
+    workers = {"probe": task(), "score": actor(2), "filter": task(), "encode": actor(2)}
+    assert cut(workers, Offer(2, 0)) == [("probe",), ("score",), ("filter",), ("encode",)]
+
+
 def test_two_models_never_share_a_gpu() -> None:
     gpus = {"probe": task(), "caption": actor(1, 1, 1), "encode": actor(1, 1, 1)}
     assert cut(gpus, Offer(64, 1)) == [("probe", "caption"), ("encode",)]

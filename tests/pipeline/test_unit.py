@@ -11,9 +11,10 @@ import pytest
 from toys import Echo, Length, Limit, Shout, Words, pipeline
 
 from manifests.intake import scan
+from manifests.shards import LATENTS, Index, LatentSpec, read_latents
 from manifests.store import Counts
+from pipeline import index, query, unit
 from pipeline import plan as planning
-from pipeline import query, unit
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
@@ -265,6 +266,61 @@ def test_rows_without_uri_and_repeats_are_in_the_account(tmp_path: Path) -> None
     told = {r["reason"]: r["message"] for r in query.select(made, "length").to_pylist()}
     assert "clips.jsonl:3 repeats the clip of " in told["duplicate"]
     assert "clips.jsonl:4 names no video" in told["no_uri"]
+
+
+def test_counts_of_old_inputs_are_not_taken_for_new(tmp_path: Path) -> None:
+    """Rows settled while a gate was open count when it is set back."""
+    shut, wide = {"limit": {"most": 1}}, {"limit": {"most": 9}}
+    go(pipeline(tmp_path, CAPTIONS, settings=shut), "limit")
+    made = pipeline(tmp_path, CAPTIONS, settings=shut)
+    assert planning.status(made)["shout"] == Counts(1, pending=1)
+    go(pipeline(tmp_path, CAPTIONS, settings=wide))
+    status = planning.status(made)["shout"]
+    assert status == Counts(1, 1)
+
+
+def test_a_source_column_may_change_its_type(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, [])
+    for score in (3, "three", 4.5):
+        rows = [{"path": f"{i}.mp4", "text": "a b", "score": score} for i in range(3)]
+        (tmp_path / "clips.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        _, status = go(made)
+        assert status["shout"] == Counts(3, 3)
+        assert query.select(made, None).column("source_score").to_pylist() == [score] * 3
+
+
+def test_the_index_comes_back_after_nothing_was_kept(tmp_path: Path) -> None:
+    class Encode(Shout):
+        name = "encode"
+        adds = LATENTS
+
+        def metadata(self, model: str) -> dict[str, Any]:
+            return {"spec": spec}
+
+        def process(self, rows: list[Row], model: str) -> list[Outcome]:
+            made = {"latents": b"1234", "latents_shape": [1, 1, 1, 1], "latents_dtype": "float32"}
+            return [{**made, "frame_times": [0.0]} for _ in rows]
+
+    spec = LatentSpec("v", "AutoencoderKL", "", "f", False, 1, 1, 8, [0.0], [1.0]).to_json()
+    stages = [Length, Limit, Encode]
+
+    def clips(most: int) -> list[str]:
+        made = pipeline(tmp_path, CAPTIONS, stages, {"limit": {"most": most}})
+        go(made)
+        if not made.store.find(index.INDEX_NAME):
+            return []
+        opened = Index.open(index.path(made))
+        for shard, row, clip in zip(
+            *(opened.table.column(n).to_pylist() for n in ("shard", "row", "clip_id"))
+        ):
+            (latent,) = read_latents(opened.workdir, shard, [row])
+            assert latent.clip_id == clip and bytes(latent.data) == b"1234"
+        return sorted(opened.table.column("caption").to_pylist())
+
+    assert clips(3) == ["a red cat", "dog"]
+    assert clips(0) == []
+    assert clips(3) == ["a red cat", "dog"]
+    assert clips(1) == ["dog"]
 
 
 def test_a_section_that_is_none_is_rejected(tmp_path: Path) -> None:
