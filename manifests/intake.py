@@ -17,10 +17,11 @@ import pyarrow as pa
 
 from manifests.schema import ABSENT, KEPT, OUTCOME, REJECTED, SOURCE, clip_id, digest, row_key
 from manifests.sources import SourceRow, SourceSettings, extras_schema, read, signature
-from manifests.store import Commit, Counts, Log, Store
+from manifests.store import Commit, Counts, Log, Store, StoreError
 from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer
 
 MIN_UNIT, MAX_UNIT = 4, 1024
+SCANS = "source/scans"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Scan:
     new: int
     changed: int
     gone: int
+    units: list[str] = field(default_factory=list)  # the new ones
 
 
 @dataclass
@@ -66,9 +68,27 @@ def source_signature(settings: SourceSettings) -> str:
     return digest([settings.model_dump(mode="json"), signature(settings)])
 
 
+def scans(store: Store) -> list[Scan]:
+    """Every scan so far, in order. Raises StoreError for a damaged record."""
+    found = []
+    for name in store.find(SCANS):
+        try:
+            found.append(Scan(**json.loads(store.read(name))))
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{store.path(name)} is no record of a scan any more ({error}): delete "
+                f"{store.path(SCANS)} and {store.path(SOURCE_LAYER)} to have the source read anew"
+            ) from error
+    return found
+
+
 def last_scan(store: Store) -> Scan | None:
-    names = store.find("source/scans")
-    return Scan(**json.loads(store.read(names[-1]))) if names else None
+    return next(reversed(scans(store)), None)
+
+
+def pool_units(store: Store) -> set[str]:
+    """The units that count: those that a scan's record names."""
+    return {unit for scan in scans(store) for unit in scan.units}
 
 
 def scan(
@@ -83,32 +103,50 @@ def scan(
     the pool is as it was, but for rows that were new and are in the table all the same.
     """
     now = source_signature(settings)
-    before = last_scan(store)
-    if before is not None and before.signature == now:
-        return Scan(now, before.rows, 0, 0, 0)
+    while True:
+        before = scans(store)
+        if before and before[-1].signature == now:
+            return Scan(now, before[-1].rows, 0, 0, 0)
+        done = _scan(store, settings, now, {u for s in before for u in s.units}, size, progress)
+        record = json.dumps(asdict(done)).encode()
+        if store.create(f"{SCANS}/{len(before):06d}.json", record):
+            return done
+
+
+def _scan(
+    store: Store,
+    settings: SourceSettings,
+    now: str,
+    units: set[str],
+    size: int | None,
+    progress: Callable[[int], None],
+) -> Scan:
+    """Commits what the source has and the pool of `units` has not; says what that was."""
     extras = extras_schema(settings)
     schema = pa.schema([*OUTCOME, *source_layer(extras).adds])
     log = source_log(store)
-    known = _pool(store)
+    known = _pool(log, units)
     changes: dict[str, list[dict[str, Any]]] = {}
     seen: set[str] = set()
     fresh: list[dict[str, Any]] = []
-    rows = new = changed = 0
+    rows = changed = 0
     for row in _rows(read(settings), seen):
         rows += 1
         progress(rows)
         old = known.get(row["clip_id"])
         if old is None:
-            new += 1
             fresh.append(row)
         elif old.absent or old.key != row["row_key"]:
             changed += 1
             changes.setdefault(old.unit, []).append(row)
-    first = len({old.unit for old in known.values()})
-    for number, batch in enumerate(_batches(fresh, size or unit_size(new)), first):
-        # Numbered, so that units sort as the source does; named by what is in them.
-        unit = f"{number:06d}-{digest(['unit', *(row['clip_id'] for row in batch)], 12)}"
-        _commit(log, unit, batch, schema)
+    made = []
+    for number, batch in enumerate(_batches(fresh, size or unit_size(len(fresh))), len(units)):
+        # Numbered, so that units sort as the source does; named by what is in them, so that one
+        # of that name from a scan that broke off, or from another driver, is this very unit.
+        content = [[row["clip_id"], row["row_key"]] for row in batch]
+        made.append(f"{number:06d}-{digest(['unit', *content], 12)}")
+        if not log.commits(made[-1]):
+            _commit(log, made[-1], batch, schema)
     gone = 0
     for clip, old in known.items():
         if clip not in seen and not old.absent:
@@ -118,11 +156,7 @@ def scan(
             )
     for unit, batch in changes.items():
         _commit(log, unit, batch, schema)
-    result = Scan(now, rows, new, changed, gone)
-    number = len(store.find("source/scans"))
-    while not store.create(f"source/scans/{number:06d}.json", json.dumps(asdict(result)).encode()):
-        number += 1  # another driver scanned as well: both are right, the later one is read
-    return result
+    return Scan(now, rows, len(fresh), changed, gone, made)
 
 
 def _rows(source: Iterable[SourceRow], seen: set[str]) -> Iterator[dict[str, Any]]:
@@ -183,13 +217,12 @@ def _settled(
     }
 
 
-def _pool(store: Store) -> dict[str, _Known]:
+def _pool(log: Log, units: set[str]) -> dict[str, _Known]:
     """Every row that was ever taken in, with its last state."""
-    log = source_log(store)
     known: dict[str, _Known] = {}
-    for unit, names in log.units().items():
-        for commit in log.commits(unit, names):
-            table = store.read_parquet(
+    for unit in units:
+        for commit in log.commits(unit):
+            table = log.store.read_parquet(
                 log.data_name(unit, commit), ["clip_id", "row_key", "outcome"]
             )
             for clip, key, outcome in zip(*(column.to_pylist() for column in table.columns)):

@@ -101,7 +101,10 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.fs, self.root = fsspec.core.url_to_fs(url)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"workdir {url} can't be used: {error}") from error
         self.local = "file" in _protocols(self.fs)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -218,7 +221,16 @@ class Log:
         """The unit's commits in order; `names` saves the listing where it is known."""
         if names is None:
             names = [n for n in self.store.find(f"{self.prefix}/{unit}") if n.endswith(".json")]
-        return [Commit.from_json(self.store.read(name)) for name in names]
+        return [self._commit(name) for name in names]
+
+    def _commit(self, name: str) -> Commit:
+        try:
+            return Commit.from_json(self.store.read(name))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{self.store.path(name)} is no commit any more ({type(error).__name__}: {error}). "
+                "Delete its folder to have that unit made again."
+            ) from error
 
     def data_name(self, unit: str, commit: Commit) -> str:
         return f"{self.prefix}/{unit}/{commit.data}"

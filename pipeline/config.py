@@ -8,6 +8,7 @@ a new stage needs no line here.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ class RunSettings(BaseModel):
         None, description="of a running Ray cluster; default: a private one"
     )
     gpus: int | None = Field(None, ge=0, description="GPUs to use; default: all")
+    wait: int = Field(
+        900, ge=0, description="seconds for nodes that an autoscaled cluster has to bring first"
+    )
     unit_size: int | None = Field(None, ge=1, le=65536, description="clips of a new unit")
 
 
@@ -141,7 +145,7 @@ def _user_stage(
 ) -> type[AnyStage]:
     at = _at(file, lines, ("stages", name))
     use = section.get("use")
-    if not isinstance(use, str) or use.count(":") != 1:
+    if not isinstance(use, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+", use):
         raise ConfigError(f'{at}stages.{name} needs `use: "module:Class"`, not {use!r}')
     module_name, class_name = use.split(":")
     if str(base) not in sys.path:
@@ -155,6 +159,10 @@ def _user_stage(
         ) from error
     except AttributeError as error:
         raise ConfigError(f"{at}module {module_name} has no class {class_name}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{at}{use}: importing it raised {type(error).__name__}: {error}"
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Stage)):
         raise ConfigError(f"{at}{use} is no stage: derive it from stages.base.Stage")
     if getattr(cls, "name", None) != name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from manifests.intake import pool_units
 from manifests.store import Counts
 from manifests.view import SOURCE_LAYER, UnitView
 from pipeline.dag import Pipeline
@@ -52,7 +53,7 @@ def views(pipeline: Pipeline) -> Iterator[UnitView]:
         name: pipeline.dag.log(pipeline.store, name).units()
         for name in reversed(list(pipeline.dag.layers))
     }
-    for unit in sorted(listed[SOURCE_LAYER]):
+    for unit in sorted(pool_units(pipeline.store) & listed[SOURCE_LAYER].keys()):
         names = {name: units[unit] for name, units in listed.items() if unit in units}
         yield UnitView(pipeline.store, pipeline.dag, unit, names)
 

@@ -91,7 +91,7 @@ def select(
     wanted = ", ".join(f'"{column}"' for column in columns) or "*"
     query = f"SELECT {wanted} FROM manifest"  # noqa: S608  columns are checked, files out of reach
     if where:
-        query += f" WHERE {where}"
+        query += f" WHERE ({where}\n)"
     if limit is not None:
         query += f" LIMIT {limit:d}"
     settings = {"enable_external_access": "false", "lock_configuration": "true"}

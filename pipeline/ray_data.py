@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.autoscaler.sdk import request_resources
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.metrics import Counter
 
@@ -75,10 +77,26 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
     try:
         if context.dashboard_url:
             report.note(f"Ray dashboard: http://{context.dashboard_url}")
+        if run.address is not None:
+            _await_nodes(run, report)
         there = ray.cluster_resources()
         yield Offer(there.get("CPU", 0.0), usable_gpus(run, there.get("GPU", 0.0)))
     finally:
         ray.shutdown()
+
+
+def _await_nodes(run: RunSettings, report: Reporter) -> None:
+    """Asks the autoscaler for the GPUs of `--gpus`, or for any CPU where there is none (a head
+    that does no work), and waits: such a cluster has no workers until somebody wants them."""
+    kind, wanted = ("GPU", run.gpus) if run.gpus else ("CPU", 1)
+    deadline = time.monotonic() + run.wait
+    asked = False
+    while ray.cluster_resources().get(kind, 0.0) < wanted and time.monotonic() < deadline:
+        if not asked:
+            report.note(f"asking the cluster for {wanted} {kind}, waiting up to {run.wait} s")
+            request_resources(bundles=[{kind: 1}] * wanted)
+            asked = True
+        time.sleep(POLL_SECONDS)
 
 
 def run(

@@ -19,7 +19,7 @@ from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Counts, Store
 from manifests.view import Dag, UnitView
-from stages.base import Failed, Outcome, Rejected, Row, Stage
+from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
@@ -88,11 +88,12 @@ def run_unit(
         size = 0
         for start in range(0, len(rows), stage.batch_size):
             batch = rows[start : start + stage.batch_size]
+            ids = [row["clip_id"] for row in batch]
             outcomes = stage.process(batch, loaded)
             clock.lap("process")
             at = pending[start : start + stage.batch_size]
             keys = [(settled.key[i] or "", settled.attempts[i] + 1) for i in at]
-            new = list(_records(stage, batch, keys, outcomes))
+            new = list(_records(stage, ids, keys, outcomes))
             counts = _tally(new)
             on_rows(stage.name, counts)
             receipt.counts += counts
@@ -105,6 +106,8 @@ def run_unit(
         if records or not rows:
             _commit(view, stage, loaded, records, receipt.seconds)
             clock.lap("commit")
+    except StageError as error:
+        receipt.error = str(error)  # a sentence for the user, with its remedy
     except Exception as error:  # noqa: BLE001  the boundary between a stage and the run
         receipt.error = f"{type(error).__name__}: {error}".splitlines()[0]
         receipt.trace = traceback.format_exc()
@@ -120,16 +123,18 @@ def _is_done(view: UnitView, name: str, retry: Retry) -> bool:
 
 def _records(
     stage: AnyStage,
-    rows: Sequence[Row],
+    ids: Sequence[str],
     keys: Sequence[tuple[str, int]],
     outcomes: Sequence[Outcome],
 ) -> Iterator[Row]:
     """Outcomes as rows of the commit's table. Raises StageBug where they break the contract."""
-    if len(outcomes) != len(rows):
-        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(rows)} rows")
-    for row, (key, attempts), outcome in zip(rows, keys, outcomes, strict=True):
-        base = {"clip_id": row["clip_id"], "row_key": key, "attempts": attempts}
+    if len(outcomes) != len(ids):
+        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(ids)} rows")
+    for clip, (key, attempts), outcome in zip(ids, keys, outcomes, strict=True):
+        base = {"clip_id": clip, "row_key": key, "attempts": attempts}
         match outcome:
+            case Rejected("" | None) | Failed("" | None):
+                raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")
             case Rejected(reason, message):
                 yield {**base, "outcome": REJECTED, "reason": reason, "message": message}
             case Failed(error, message):
@@ -138,11 +143,11 @@ def _records(
                 yield {**base, "outcome": KEPT, **_added(stage, outcome)}
             case list() if stage.splits and outcome:
                 for part in outcome:
-                    own = {"clip_id": part["clip_id"], "parent_id": row["clip_id"]}
+                    own = {"clip_id": part["clip_id"], "parent_id": clip}
                     yield {**base, **own, "outcome": KEPT, **_added(stage, part)}
             case _:
                 raise StageBug(
-                    f"{stage.name} gave a {type(outcome).__name__} for clip {row['clip_id']}: "
+                    f"{stage.name} gave a {type(outcome).__name__} for clip {clip}: "
                     "a row, Rejected or Failed is expected"
                     + (", or a list of rows that is not empty" if stage.splits else "")
                 )

@@ -177,7 +177,12 @@ class Stage(ABC, Generic[S, Model]):
 
     def identity(self) -> dict[str, Any]:
         """Everything beside the rows that decides the results. Override to add to it."""
-        return {"name": self.name, "version": self.version, "settings": matters(self.settings)}
+        return {
+            "name": self.name,
+            "version": self.version,
+            "settings": matters(self.settings),
+            "reads": list(self.reads),  # the row keys of other columns compare with none of these
+        }
 
     def metadata(self, model: Model) -> dict[str, Any]:
         """Facts about all rows of a data file, JSON-able, stored once in it."""

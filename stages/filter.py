@@ -234,7 +234,9 @@ def _typed(rows: Sequence[Row], names: Sequence[str], types: pa.Schema | None) -
     columns: dict[str, pa.Array] = {"_row": pa.array(range(len(rows)), pa.int64())}
     for name in names:
         kind = types.field(name).type if types is not None else None
-        columns[name] = pa.array([row[name] for row in rows], kind)
+        # SQL holds NaN for larger than any number: `score > 0` would be true of it.
+        values = [None if row[name] != row[name] else row[name] for row in rows]
+        columns[name] = pa.array(values, kind)
     return pa.table(columns)
 
 
@@ -291,7 +293,7 @@ class Filter(Stage[FilterSettings, None]):
         database = _connect()
         try:
             return self._judge(database, rows)
-        except duckdb.DataError:
+        except duckdb.Error:
             # A value that a rule can't digest (a failed cast, an overflow) fails its row alone.
             return [outcome for row in rows for outcome in self._judge_one(database, row)]
 
@@ -300,7 +302,7 @@ class Filter(Stage[FilterSettings, None]):
 
         try:
             return self._judge(database, [row])
-        except duckdb.DataError as error:
+        except duckdb.Error as error:
             return [Failed("rule_error", _first_line(error))]
 
     def _judge(self, database: Any, rows: Sequence[Row]) -> Sequence[Outcome]:

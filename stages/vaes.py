@@ -105,7 +105,12 @@ class Vae:
         diffusers.utils.logging.disable_progress_bar()
         self.shape = shape_of(folder)
         self.family = FAMILIES[self.shape.class_name]
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            first = str(error).splitlines()[0]
+            raise StageError(f"device {device} can't be used: {first}") from error
         self.dtype: torch.dtype = getattr(torch, dtype)
         try:
             cls = getattr(diffusers, self.shape.class_name)

@@ -6,6 +6,7 @@ timestamps. Packets that an edit list hides are not shown, so they are not count
 
 from __future__ import annotations
 
+import os
 import struct
 from bisect import bisect_left, bisect_right
 from collections import deque
@@ -231,7 +232,12 @@ def translated(error: Exception, opening: str = "") -> VideoError:
     if isinstance(error, FileNotFoundError):
         return VideoError("missing_file", "the file is not there")
     if isinstance(error, PermissionError):
-        return VideoError("unreadable_file", "the file may not be read: check its permissions")
+        if opening and "://" not in opening and not os.access(opening, os.R_OK):
+            return VideoError("unreadable_file", "the file may not be read: check its permissions")
+        if not opening:
+            # FFmpeg says so of a place that it can't seek to.
+            return VideoError("truncated", "the file breaks off: parts of it can't be reached")
+        return VideoError(*_verdict(opening))
     if isinstance(error, IsADirectoryError):
         return VideoError("not_a_video", "this is a folder, not a file")
     if isinstance(error, MemoryError):
@@ -272,7 +278,7 @@ def _verdict(path: str) -> tuple[str, str]:
         return "truncated", "the index (moov) is missing: the file was cut short"
     if boxes or head.startswith((b"\x1a\x45\xdf\xa3", b"RIFF", b"OggS")):
         return "bad_header", "the header is damaged or contradicts itself"
-    if head.isascii():
+    if head.isascii() and b"\0" not in head:
         return "not_a_video", "this is text, not a video"
     return "not_a_video", "this is no video that FFmpeg knows"
 

@@ -139,3 +139,26 @@ def test_counters_per_stage_and_outcome_are_exported(
         frozenset(("length", "kept")),
         frozenset(("length", "rejected")),
     }, heard.samples
+
+
+def test_a_cluster_that_brings_its_workers_is_waited_for(tmp_path: Path) -> None:
+    """A head without CPUs, as in cluster.yaml; a node comes once it is asked for."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+
+    class Autoscaler(Heard):
+        def note(self, text: str) -> None:
+            super().note(text)
+            if "asking the cluster for 1 CPU" in text:
+                cluster.add_node(num_cpus=2)
+
+    try:
+        run_settings = {"runner": "ray", "address": cluster.address, "wait": 60}
+        heard = Autoscaler()
+        made = pipeline(tmp_path, CAPTIONS, run=run_settings)
+        result = run(made, (), Retry(), heard)
+        assert any("asking the cluster" in note for note in heard.notes)
+        assert not result.faults and result.status["shout"].kept == 8
+    finally:
+        cluster.shutdown()

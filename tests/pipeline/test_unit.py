@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from toys import Echo, Length, Limit, Shout, Words, pipeline
 
 from manifests.intake import scan
 from manifests.shards import LATENTS, Index, LatentSpec, read_latents
-from manifests.store import Counts
+from manifests.store import Counts, StoreError
 from pipeline import index, query, unit
 from pipeline import plan as planning
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry, run_unit
-from stages.base import Outcome, Row
+from stages.base import Failed, Outcome, Rejected, Row
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
 
@@ -187,6 +188,8 @@ def test_an_exception_settles_nothing_and_is_told(tmp_path: Path) -> None:
         ([{"words": 1}, {"words": 2}], "declares a column 'blob'"),
         ([{"words": "many", "blob": b""}] * 2, "another type than declared"),
         ([None, None], "gave a NoneType"),
+        ([Rejected("")] * 2, "gave no reason why it did not keep clip"),
+        ([Failed("", "sorry")] * 2, "gave no reason why it did not keep clip"),
         ([[], []], "gave a list"),
     ],
 )
@@ -240,6 +243,57 @@ def test_two_workers_on_one_unit_leave_each_row_once(tmp_path: Path) -> None:
     assert [c.rows for c in commits] == [3], "the loser's rows are dropped"
     assert len([n for n in made.store.find(log.prefix) if n.endswith(".parquet")]) == 1
     assert planning.status(made)["length"] == Counts(3, 3)
+
+
+def test_two_drivers_that_take_in_the_source_at_once_take_it_in_once(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    ready = threading.Barrier(2)
+
+    def take_in(size: int) -> None:
+        ready.wait()
+        scan(made.store, made.config.source, size)
+
+    threads = [threading.Thread(target=take_in, args=(size,)) for size in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _, status = go(made)
+    assert status["source"] == Counts(6, 6)
+    assert len({r["clip_id"] for r in query.select(made, None).to_pylist()}) == 6
+
+
+def test_units_of_a_scan_that_broke_off_do_not_count(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    scan(made.store, made.config.source, 2)
+    (record,) = made.store.find("source/scans")
+    made.store.delete(record)
+    assert planning.status(made)["source"] == Counts()
+    _, status = go(made)
+    assert status["source"] == Counts(6, 6)
+
+
+def test_other_columns_read_make_other_results(tmp_path: Path) -> None:
+    class Wider(Shout):
+        reads = ("caption", "uri")
+
+    go(pipeline(tmp_path, CAPTIONS))
+    made = pipeline(tmp_path, CAPTIONS, [Length, Limit, Wider])
+    assert planning.status(made)["shout"] == Counts(2, pending=2)
+    assert go(made)[0].settled == {"shout": 2}
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "null", "[]", '{"seq": 1}'])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    go(made)
+    for prefix in ("shout", "source/scans"):
+        name = next(n for n in reversed(made.store.find(prefix)) if n.endswith(".json"))
+        whole = made.store.read(name)
+        made.store.fs.pipe_file(made.store.path(name), text.encode())
+        with pytest.raises(StoreError, match=Path(name).name):
+            planning.status(made)
+        made.store.fs.pipe_file(made.store.path(name), whole)
 
 
 def test_a_split_stays_in_its_unit_and_parts_flow_on(tmp_path: Path) -> None:
