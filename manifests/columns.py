@@ -57,6 +57,7 @@ class SourceRow(NamedTuple):
     origin: str  # "clips.csv:17"
     extras: dict[str, Any]  # by the names of `extras_schema`
     version: str | None = None  # of the file behind it, where the source lists files
+    flaw: str | None = None  # why this row can't be taken in, where it can't
 
 
 class Extra(NamedTuple):

@@ -175,7 +175,9 @@ def _rows(source: Iterable[SourceRow], seen: set[str]) -> Iterator[dict[str, Any
         key = row_key(v for pair in sorted(values.items()) for v in pair)
         outcome, reason, message = KEPT, None, None
         own = clip_id(source_row.uri or "", source_row.start, source_row.end)
-        if not source_row.uri:
+        if source_row.flaw:
+            outcome, reason, message = REJECTED, "unreadable_text", source_row.flaw
+        elif not source_row.uri:
             outcome, reason = REJECTED, "no_uri"
             message = f"{source_row.origin} names no video"
         elif not _is_section(source_row.start, source_row.end):

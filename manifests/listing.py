@@ -38,6 +38,7 @@ class Video(NamedTuple):
     uri: str  # relative to the folder, with slashes
     caption: str | None
     version: str  # changes when the file's content may have
+    flaw: str | None = None  # why this one can't be taken in, where it can't
 
 
 def is_video(name: str) -> bool:
@@ -110,14 +111,19 @@ def videos(url: str, patterns: Sequence[str], recursive: bool, encoding: str) ->
     empty = True
     for relative, info, caption in _walk(fs, path, "", patterns, recursive, ()):
         empty = False
+        version = digest(_facts(info))
         try:
             relative.encode()
-        except UnicodeEncodeError as error:
-            raise SourceError(
-                f"{_shown(fs, path)}: the file name {relative!r} is not UTF-8. Rename it."
-            ) from error
-        text = _caption(fs, caption["name"], encoding) if caption else None
-        yield Video(relative, text, digest(_facts(info)))
+        except UnicodeEncodeError:
+            shown = relative.encode("utf-8", "backslashreplace").decode()
+            yield Video(shown, None, version, f"the file name {shown} is not UTF-8: rename it")
+            continue
+        try:
+            text = _caption(fs, caption["name"], encoding) if caption else None
+        except SourceError as error:
+            yield Video(relative, None, version, str(error))
+            continue
+        yield Video(relative, text, version)
     if empty:
         wanted = ", ".join(patterns) or ", ".join(VIDEO_EXTENSIONS)
         raise SourceError(

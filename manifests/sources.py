@@ -113,7 +113,7 @@ def read(settings: SourceSettings) -> Iterator[SourceRow]:
             settings.path, settings.patterns, settings.recursive, settings.codec
         ):
             yield SourceRow(
-                video.uri, video.caption, None, None, video.uri, {}, version=video.version
+                video.uri, video.caption, None, None, video.uri, {}, video.version, video.flaw
             )
     elif settings.kind == "prompts":
         for name, line, caption, uri in listing.pairs(

@@ -138,14 +138,18 @@ def test_a_folder_that_is_none_or_has_no_videos(tmp_path):
 
 
 def test_captions_and_names_that_are_no_text(tmp_path):
-    fill(tmp_path, "a.mp4")
+    fill(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "a.txt").write_bytes(b"fine\nn\xe9\n")
     settings = SourceSettings(kind="folder", path=str(tmp_path))
-    assert f"{tmp_path}/a.txt:2:2: byte 0xe9" in failure(settings)
+    bad, good = read(settings)
+    assert (bad.uri, good.uri, good.flaw) == ("a.mp4", "b.mp4", None), "it costs its own row"
+    assert f"{tmp_path}/a.txt:2:2: byte 0xe9" in (bad.flaw or "")
+    (tmp_path / "b.mp4").unlink()
     latin = SourceSettings(kind="folder", path=str(tmp_path), encoding="latin-1")
     assert pairs(latin) == [("a.mp4", "fine\nné")]
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.mp4")).write_bytes(b"x")
-    assert "is not UTF-8. Rename it" in failure(latin)
+    (flaw,) = [row.flaw for row in read(latin) if row.uri != "a.mp4"]
+    assert flaw == r"the file name \udce9.mp4 is not UTF-8: rename it"
 
 
 def in_memory(name: str, data: bytes) -> str:

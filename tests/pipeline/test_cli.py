@@ -176,6 +176,22 @@ def test_a_replaced_file_is_noticed(tmp_path: Path) -> None:
     ]
 
 
+def test_a_caption_that_is_no_text_costs_its_own_row(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    folder = YAML.replace("csv, path: ./clips.csv", "folder, path: ./videos")
+    (tmp_path / "vidpipe.yaml").write_text(folder)
+    for name in "ab":
+        video(tmp_path / "videos" / f"{name}.mp4", 48)
+    (tmp_path / "videos" / "a.txt").write_bytes(b"caf\xe9")
+    assert vidpipe(tmp_path, "run", "probe").returncode == 0
+    rows = objects(vidpipe(tmp_path, "show", "probe").stdout)
+    assert [(r["uri"], r["outcome"], r["reason"]) for r in rows] == [
+        ("a.mp4", "rejected", "unreadable_text"),
+        ("b.mp4", "kept", None),
+    ]
+    assert "a.txt:1:4: byte 0xe9" in rows[0]["message"]
+
+
 def test_the_source_can_be_looked_at_before_and_after(tmp_path: Path) -> None:
     (tmp_path / "vidpipe.yaml").write_text(YAML)
     (tmp_path / "clips.csv").write_text("path,text\na.mp4,one\na.mp4,two\n")
