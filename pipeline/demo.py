@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -61,6 +63,8 @@ def demo(folder: str, clips: int) -> int:
         for s in account(pipeline)["stages"]
     ]
     _say("\n" + text_table(["stage", "in", "kept", "rejected", "failed"], rows))
+    if shutil.which("vidpipe") is None:
+        _say(f"(`vidpipe` is in {Path(sys.prefix).name}: source {_activate()})")
     _say(
         f"done in {time.monotonic() - began:.0f} s. Every clip is accounted for. Look at:\n"
         f"  {gif}   what {pipeline.config.train['steps']} training steps know of: {PROMPTS[0]}\n"
@@ -70,6 +74,12 @@ def demo(folder: str, clips: int) -> int:
         "Your own videos: vidpipe init"
     )
     return 0
+
+
+def _activate() -> str:
+    """The environment's own script, as one would type it from here."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _say(text: str) -> None:
