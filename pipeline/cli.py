@@ -7,6 +7,8 @@ Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or c
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +42,16 @@ def main() -> None:
             raise
         click.echo(f"vidpipe: {error}", err=True)
         code = known
-    sys.exit(code or 0)
+    _leave(int(code or 0))
+
+
+def _leave(code: int) -> None:
+    """Ends the process without tearing down what torch, Arrow and FFmpeg left running: now and
+    then a native thread outlives its owner, and a run that went well would end in an abort."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _known(error: Exception) -> int | None:

@@ -176,6 +176,31 @@ def test_a_replaced_file_is_noticed(tmp_path: Path) -> None:
     ]
 
 
+ABORTS_AT_EXIT = """\
+import ctypes
+from stages.base import Stage, StageSettings
+
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)  # as a native thread that outlives its owner
+
+
+class Late(Stage):
+    name = "late"
+
+    def process(self, rows, model):
+        return [{} for _ in rows]
+"""
+
+
+def test_a_library_that_aborts_at_exit_changes_no_exit_code(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "late_abort.py").write_text(ABORTS_AT_EXIT)
+    text = YAML.replace("./clips.csv", str(project / "clips.csv"))
+    (tmp_path / "vidpipe.yaml").write_text(text + 'stages: {late: {use: "late_abort:Late"}}\n')
+    assert vidpipe(tmp_path, "run", "late").returncode == 0
+    assert vidpipe(tmp_path, "run", "latte").returncode == 2
+    assert json.loads(vidpipe(tmp_path, "status", "--json").stdout)["stages"][0]["in"] == 4
+
+
 def test_a_caption_that_is_no_text_costs_its_own_row(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     folder = YAML.replace("csv, path: ./clips.csv", "folder, path: ./videos")
