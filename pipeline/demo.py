@@ -70,7 +70,7 @@ def demo(folder: str, clips: int) -> int:
         f"  {gif}   what {pipeline.config.train['steps']} training steps know of: {PROMPTS[0]}\n"
         f"  vidpipe status -c {file}\n"
         f"  vidpipe show encode -c {file} --where \"outcome != 'kept'\"\n"
-        f"  vidpipe run -c {file} --set filter.rules.bright='luminance >= 1'   encodes 3 more\n"
+        f"  vidpipe run -c {file} --set filter.rules.bright='luminance >= 0'   encodes 3 more\n"
         "Your own videos: vidpipe init"
     )
     return 0
