@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -46,6 +46,25 @@ class StageError(Exception):
     """A stage cannot be set up as configured: the message says what, why and what to do."""
 
 
+def _unheard() -> None:
+    """Nobody watches this process."""
+
+
+_listener: Callable[[], None] = _unheard
+
+
+def alive() -> None:
+    """A sign of life out of `process`, from any thread: call it after each row of a long batch.
+    Where a stage has a time limit, silence for longer than that ends its worker."""
+    _listener()
+
+
+def on_alive(listener: Callable[[], None]) -> None:
+    """Sets who hears `alive` in this process: whoever watches over the worker."""
+    global _listener
+    _listener = listener
+
+
 class _Speed:
     """Marks a setting that changes speed and never results; it stays out of the fingerprint."""
 
@@ -75,6 +94,9 @@ class StageSettings(BaseModel):
     gpus: Speed[float | None] = Field(None, ge=0, description="GPUs of one worker")
     memory: Speed[int | None] = Field(None, ge=0, description="bytes of one worker")
     batch_size: Speed[int | None] = Field(None, ge=1, description="rows given to process at once")
+    time_limit: Speed[float | None] = Field(
+        None, gt=0, description="seconds without a sign of life after which a worker is ended"
+    )
 
 
 class Sampling(BaseModel):
@@ -153,6 +175,7 @@ class Stage(ABC, Generic[S, Model]):
     splits: ClassVar[bool] = False  # may answer a row with a list of rows
     default_batch: ClassVar[int] = 16
     default_resources: ClassVar[Resources] = Resources()
+    default_time_limit: ClassVar[float | None] = None  # only for stages that call `alive`
 
     def __init__(self, settings: S, context: Context) -> None:
         self.settings = settings
@@ -195,6 +218,11 @@ class Stage(ABC, Generic[S, Model]):
     @property
     def batch_size(self) -> int:
         return self.settings.batch_size or self.default_batch
+
+    @property
+    def time_limit(self) -> float | None:
+        """Seconds that `process` may go on without `alive`; None: as long as it takes."""
+        return self.settings.time_limit or self.default_time_limit
 
     @property
     def resources(self) -> Resources:
