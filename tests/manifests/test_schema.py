@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests.schema import clip_id, row_key, row_keys
@@ -28,6 +28,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("kind", VALUES, ids=str)
+@settings(deadline=None)  # the first example pays for imports
 @given(data=st.data())
 def test_keys_of_a_table_are_those_of_its_rows(kind: pa.DataType, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.none() | VALUES[kind], min_size=1, max_size=5))
