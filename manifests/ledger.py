@@ -3,6 +3,7 @@ fits in memory where the whole does not."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 BUCKETS = 64  # of ten million rows each has some 150,000
-_HEX = pa.array([f"{i:02x}" for i in range(256)])
+
+
+@functools.cache
+def _pairs() -> pa.Array:
+    # Not when this is imported: pyarrow imports pandas once it is given a list.
+    return pa.array([f"{number:02x}" for number in range(256)])
 
 
 class Ledger:
@@ -45,7 +51,7 @@ class Ledger:
         if not len(table):
             return
         ends = pc.utf8_slice_codeunits(table.column(self._by), -2)
-        codes = pc.index_in(ends, _HEX).to_numpy() % BUCKETS
+        codes = pc.index_in(ends, _pairs()).to_numpy() % BUCKETS
         order = np.argsort(codes, kind="stable")
         edges = np.searchsorted(codes[order], np.arange(BUCKETS + 1))
         parted = table.select(self.schema.names).cast(self.schema).take(pa.array(order))
