@@ -35,6 +35,7 @@ from stages.base import (
     Stage,
     StageError,
     StageSettings,
+    alive,
 )
 from stages.openers import driver_faults, from_fs, from_http, from_zip
 from stages.transfer import Limits, Open, TransferError, redact, store
@@ -317,6 +318,8 @@ def _attempt(uri: str, bring: Callable[[], Row]) -> Outcome:
         return bring()
     except TransferError as error:
         return _failed(uri, error)
+    finally:
+        alive()
 
 
 def _failed(uri: str, error: TransferError) -> Failed:
