@@ -20,7 +20,7 @@ from stages.base import Context, Failed, Outcome, Row, Speed, Stage, StageError,
 from stages.frames import Few, VideoError, local_path, sample_few
 from stages.models import check, model_identity, resolve
 from stages.picture import Pixels
-from stages.video import Budget, DecodingSettings
+from stages.video import READING_MAY_PASS, Budget, DecodingSettings
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,7 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
     carries = ("path",)
     default_batch = 16
     default_time_limit = 600.0
+    transient = READING_MAY_PASS
 
     def __init__(self, settings: ScoreSettings, context: Context) -> None:
         super().__init__(settings, context)
@@ -109,7 +110,7 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
 
     def process(self, rows: list[Row], model: Aesthetics | None) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        scored: list[Row] = []
+        scored: dict[int, Row] = {}
         pictures: list[torch.Tensor] = []
         for row in rows:
             alive()
@@ -118,13 +119,16 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
             except VideoError as error:
                 outcomes.append(Failed(error.error, str(error)))
                 continue
-            scored.append(measured(few))
-            outcomes.append(scored[-1])
+            scored[len(outcomes)] = row = measured(few)
+            outcomes.append(row)
             if model is not None:
                 pictures.append(model.prepared(few.frames))
         if model is not None and pictures:
-            for scores, aesthetic in zip(scored, model.scores(pictures), strict=True):
-                scores["aesthetic"] = aesthetic
+            for i, score in zip(scored, model.scores(pictures), strict=True):
+                if isinstance(score, Failed):
+                    outcomes[i] = score
+                else:
+                    scored[i]["aesthetic"] = score
         return outcomes
 
     def _few(self, row: Row) -> Few:
