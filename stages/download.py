@@ -186,6 +186,10 @@ class Download(Stage[DownloadSettings, None]):
     )
     default_batch = 256
     default_resources = Resources(cpus=1)
+    transient = (
+        *("network", "timeout", "unreadable", "remote_error"),
+        *("http_408", "http_425", "http_429", "http_5??"),
+    )
 
     def __init__(self, settings: DownloadSettings, context: Context) -> None:
         super().__init__(settings, context)

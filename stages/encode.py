@@ -25,7 +25,7 @@ from stages.base import (
 from stages.frames import Clip, TooShort, VideoError, local_path, read_clip
 from stages.models import folder_sha256, model_identity, resolve
 from stages.vaes import Vae, shape_of
-from stages.video import Budget, DecodingSettings
+from stages.video import READING_MAY_PASS, Budget, DecodingSettings
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,7 @@ class Encode(Stage[EncodeSettings, Vae]):
     after = ("filter",)
     default_batch = 1
     default_time_limit = 900.0  # a video VAE takes minutes for a long clip on a CPU
+    transient = READING_MAY_PASS
     default_resources = Resources(cpus=1)
 
     @property
@@ -167,14 +168,18 @@ class Encode(Stage[EncodeSettings, Vae]):
 
         frames = torch.from_numpy(np.stack([clip.frames for _, clip in ready]))
         moments = self.settings.moments
-        latents = model.encode(frames, self.settings.pictures, moments).cpu()
+        latents = model.encode(frames, self.settings.pictures, moments)
         for (i, clip), one in zip(ready, latents, strict=True):
-            outcomes[i] = {
-                "latents": raw_bytes(one),
-                "latents_shape": list(one.shape),
-                "latents_dtype": str(one.dtype).removeprefix("torch."),
-                "frame_times": [float(t) for t in clip.times],
-            }
+            outcomes[i] = (
+                one
+                if isinstance(one, Failed)
+                else {
+                    "latents": raw_bytes(one),
+                    "latents_shape": list(one.shape),
+                    "latents_dtype": str(one.dtype).removeprefix("torch."),
+                    "frame_times": [float(t) for t in clip.times],
+                }
+            )
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -14,6 +14,7 @@ from stages.base import Failed, Outcome, Row, Sampling, Stage, alive
 from stages.frames import local_path, picks
 from stages.picture import display_matrix, quarter_turned
 from stages.video import (
+    READING_MAY_PASS,
     Budget,
     DecodingSettings,
     Timeline,
@@ -69,6 +70,7 @@ class Probe(Stage[ProbeSettings, None]):
     )
     default_batch = 64
     default_time_limit = 300.0
+    transient = READING_MAY_PASS
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "sampling": self.context.sampling.times()}

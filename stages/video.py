@@ -33,6 +33,8 @@ LAST = 64
 NO_DECODER = "FFmpeg has no decoder for this video's codec"
 # A day at 60 frames a second. Each takes some 150 bytes while times are worked out.
 MOST_PACKETS = 60 * 60 * 60 * 24
+# Failures of reading a video that may pass: a disk that gives no answer, a machine under load.
+READING_MAY_PASS = ("unreadable_file", "decode_timeout")
 SIGN_OF_LIFE = 1.0  # seconds between two of them within a clip
 
 
@@ -308,7 +310,7 @@ def translated(error: Exception, opening: str = "") -> VideoError:
         return VideoError("missing_file", "the file is not there")
     if isinstance(error, PermissionError):
         if opening and "://" not in opening and not os.access(opening, os.R_OK):
-            return VideoError("unreadable_file", "the file may not be read: check its permissions")
+            return VideoError("permission", "the file may not be read: check its rights")
         if not opening:
             # FFmpeg says so of a place that it can't seek to.
             return VideoError("truncated", "the file breaks off: parts of it can't be reached")
