@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from manifests.log import Counts
     from pipeline.dag import Pipeline
     from pipeline.unit import Retry
 
@@ -144,7 +143,8 @@ def _run_options(command: F) -> F:
                 is_flag=False,
                 flag_value="*",
                 metavar="[CLASS]",
-                help="Try failed rows again: all, or those of one class.",
+                help="Try failed rows again: those that may pass as things are, those of CLASS "
+                "(several: A,B), or all.",
             ),
         )
     ):
@@ -197,6 +197,7 @@ def run(
 
     Only what is pending runs; a second run right after the first does nothing.
     """
+    from pipeline.account import summary
     from pipeline.report import console
     from pipeline.run import run as run_pipeline
 
@@ -205,7 +206,8 @@ def run(
     result = run_pipeline(pipeline, *_asked(pipeline, stages, retry_failed), report, explain)
     if not result.ran:
         report.note(f"nothing to do: {_up_to_date(result.stages)}")
-    _summary(result.status, result.stages, report.note)
+    for line in summary(pipeline, result.status, result.stages):
+        report.note(line)
     if result.faults:
         first = result.faults[0]
         report.note(
@@ -220,26 +222,11 @@ def _up_to_date(stages: list[str]) -> str:
     return f"{', '.join(stages)} {'is' if len(stages) == 1 else 'are'} up to date"
 
 
-def _summary(status: dict[str, Counts], stages: list[str], note: Callable[[str], None]) -> None:
-    """The account of what was asked for; failures are named, they are data."""
-    from pipeline.report import describe
-
-    for name in ["source", *stages]:
-        counts = status[name]
-        pending = f", {counts.pending} pending" if counts.pending else ""
-        note(f"  {name:<10} {counts.total:>8} in: {describe(counts)}{pending}")
-    failed = [f"{n} {name}.{why}" for name in stages for why, n in status[name].failed.items()]
-    if failed:
-        note(f"failed rows: {', '.join(failed)}")
-        last = next(name for name in reversed(stages) if status[name].failed)
-        note(f"see them: vidpipe show {last} --where \"outcome = 'failed'\"")
-
-
 def _asked(
     pipeline: Pipeline, stages: tuple[str, ...], classes: str | None
 ) -> tuple[tuple[str, ...], Retry]:
-    """The stages and what to retry. In `--retry-failed encode` the word is a stage: the option's
-    own value may be left out, and click takes the next word for it."""
+    """The stages and what to retry; `*` is the option without a value. In `--retry-failed encode`
+    the word is a stage: click takes the next word for the option's value."""
     from pipeline.unit import Retry
 
     if classes is None:
@@ -255,7 +242,7 @@ def _asked(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Where every clip is: per stage in, kept, rejected, failed, pending."""
-    from pipeline.account import account
+    from pipeline.account import account, retry_hint
 
     result = account(_load(file, overrides))
     if as_json:
@@ -278,6 +265,8 @@ def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     ]
     names = ["stage", "state", "in", "kept", "rejected", "failed", "pending", "reasons"]
     click.echo(text_table(names, rows), nl=False)
+    for line in retry_hint(sum(s["worth_retry"] for s in result["stages"])):
+        click.echo(line, err=True)
 
 
 @cli.command()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
+EVERY_CLASS = "all"
 
 AnyStage = Stage[Any, Any]
 OnRows = Callable[[str, Counts], None]
@@ -33,13 +34,23 @@ OnRows = Callable[[str, Counts], None]
 
 @dataclass(frozen=True)
 class Retry:
-    """Which failed rows are to be tried again: all, or those of some failure classes."""
+    """Which failed rows are to be tried again: those of some classes (`all`: of every one), or,
+    where none is named, those that their stage calls worth another try."""
 
     failed: bool = False
     classes: frozenset[str] = frozenset()
+    stage: AnyStage | None = None
+
+    def of(self, stage: AnyStage) -> Retry:
+        """The same, for rows of this stage."""
+        return replace(self, stage=stage)
 
     def wants(self, outcome: str | None, reason: str | None) -> bool:
-        return outcome == FAILED and self.failed and (not self.classes or reason in self.classes)
+        if outcome != FAILED or not self.failed:
+            return False
+        if self.classes:
+            return reason in self.classes or EVERY_CLASS in self.classes
+        return self.stage is not None and self.stage.worth_retry(reason or "")
 
 
 @dataclass
@@ -75,6 +86,7 @@ def run_unit(
     unit side by side.
     """
     receipt = Receipt(stage.name, unit)
+    retry = retry.of(stage)
     clock = _Clock(receipt.seconds)
     try:
         view = UnitView(store, dag, unit)

@@ -35,6 +35,7 @@ from stages.base import (
     Stage,
     StageError,
     StageSettings,
+    alive,
 )
 from stages.openers import driver_faults, from_fs, from_http, from_zip
 from stages.transfer import Limits, Open, TransferError, redact, store
@@ -185,6 +186,10 @@ class Download(Stage[DownloadSettings, None]):
     )
     default_batch = 256
     default_resources = Resources(cpus=1)
+    transient = (
+        *("network", "timeout", "unreadable", "remote_error"),
+        *("http_408", "http_425", "http_429", "http_5??"),
+    )
 
     def __init__(self, settings: DownloadSettings, context: Context) -> None:
         super().__init__(settings, context)
@@ -317,6 +322,8 @@ def _attempt(uri: str, bring: Callable[[], Row]) -> Outcome:
         return bring()
     except TransferError as error:
         return _failed(uri, error)
+    finally:
+        alive()
 
 
 def _failed(uri: str, error: TransferError) -> Failed:
