@@ -12,6 +12,7 @@ ever used together with the clip id that must stand there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from manifests.faults import unusable
 
 # Columns that the encode stage adds.
 LATENTS = pa.schema(
@@ -119,14 +122,21 @@ class Index:
         return cls(facts.pop("workdir"), table, spec, facts)
 
     def save(self, url: str) -> None:
-        """Writes it whole under another name first: an index is there or it is not."""
+        """Writes it whole under another name first: an index is there or it is not.
+
+        Raises StoreUnusable."""
         fs, path = fsspec.core.url_to_fs(url)
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         facts = {**self.facts, "workdir": self.workdir, "spec": self.spec.to_json()}
         part = f"{path}.{uuid.uuid4().hex}.part"  # two runs may end at the same moment
-        with fs.open(part, "wb") as file:
-            pq.write_table(with_facts(self.table, facts), file, compression="zstd")
-        fs.mv(part, path)
+        try:
+            with fs.open(part, "wb") as file:
+                pq.write_table(with_facts(self.table, facts), file, compression="zstd")
+            fs.mv(part, path)
+        except Exception as error:  # each driver has its own
+            with contextlib.suppress(Exception):
+                fs.rm_file(part)
+            raise unusable(error, "write", url) from error
 
 
 def with_facts(table: pa.Table, facts: dict[str, Any]) -> pa.Table:

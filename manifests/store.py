@@ -6,36 +6,22 @@
 A worker writes its rows under a name that nobody else uses, then creates the commit object that
 names them with their sha256. Creation fails if the object exists, so of two workers one wins and
 the other reads what was won. What no commit names does not exist: a crash leaves at most an orphan.
-
-Local paths and NFS use a temporary file, fsync and `os.link`; any other fsspec store must have a
-conditional put (`mode="create"`: If-None-Match on S3 and GCS).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, cast
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from manifests.faults import StoreError as StoreError
+from manifests.faults import StoreUnusable as StoreUnusable
+from manifests.objects import Store as Store
 from manifests.schema import FAILED, KEPT, REJECTED
-
-# A loader reads whole row groups: large enough for sequential reads, small enough for a few in RAM.
-ROW_GROUP_BYTES = 16 << 20
-
-
-class StoreError(Exception):
-    """The workdir can't be used as it is; the message says what, why and what to do."""
 
 
 @dataclass
@@ -96,110 +82,6 @@ class Commit:
         return cls(**{**values, "counts": Counts(**values["counts"])})
 
 
-class Store:
-    """A workdir: a folder, or a prefix of any fsspec store. Paths are relative to it."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise StoreError(f"workdir {url} can't be used: {error}") from error
-        self.local = "file" in _protocols(self.fs)
-
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.url,)
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Creates the object whole and durable; False if another one of that name is there."""
-        if not self.local:
-            try:
-                self.fs.pipe_file(self.path(name), data, mode="create")
-            except FileExistsError:
-                return self._is_ours(name, data)
-            except (TypeError, NotImplementedError, ValueError) as error:
-                raise StoreError(
-                    f"{self.url} has no conditional put, so commits there could overwrite each "
-                    "other: use a local or NFS folder, S3, GCS or another store that has one"
-                ) from error
-            return True
-        path = Path(self.path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            with part.open("wb") as file:
-                file.write(data)
-                _sync(file)
-            try:
-                os.link(part, path)
-            except FileExistsError:
-                return self._is_ours(name, data)
-        finally:
-            part.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-        return True
-
-    def _is_ours(self, name: str, data: bytes) -> bool:
-        """Whether what stands there is what was just put: a retry after a lost reply meets its own
-        object. Commits bear an attempt's id, so equal bytes are the same attempt."""
-        return self.read(name) == data
-
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
-        return cast(bytes, self.fs.cat_file(self.path(name)))
-
-    def find(self, prefix: str) -> list[str]:
-        """The names of all objects under `prefix`, sorted; empty where there are none."""
-        try:
-            paths = self.fs.find(self.path(prefix))
-        except FileNotFoundError:
-            return []
-        cut = len(self.root) + 1
-        return sorted(path[cut:] for path in paths)
-
-    def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(name))
-
-    def write_parquet(self, name: str, table: pa.Table) -> tuple[str, int]:
-        """Writes the rows durably; returns the file's sha256 (hex) and its length in bytes.
-
-        Payload (binary columns) is neither compressed nor dictionary-encoded: latents are noise.
-        """
-        if self.local:
-            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
-        payload = {f.name for f in table.schema if pa.types.is_binary(f.type)}
-        rest = [n for n in table.column_names if n not in payload]
-        row_bytes = table.nbytes / max(1, table.num_rows)
-        with self.fs.open(self.path(name), "wb") as file:
-            hashed = _HashingFile(file)
-            pq.write_table(
-                table,
-                hashed,
-                compression={n: "none" if n in payload else "zstd" for n in table.column_names},
-                use_dictionary=rest,
-                write_statistics=rest,
-                row_group_size=max(1, int(ROW_GROUP_BYTES // max(1.0, row_bytes))),
-            )
-            if self.local:
-                _sync(file)
-        return hashed.sha256.hexdigest(), hashed.length
-
-    def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Raises StoreError, naming the file, where it is missing or damaged."""
-        try:
-            with self.fs.open(self.path(name), "rb") as file:
-                return pq.ParquetFile(file).read(columns=columns)
-        except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
-            raise StoreError(
-                f"{self.path(name)}, which a commit names, can't be read: {error}. "
-                "Delete that unit's folder (of the source: source/scans too) to have it made again."
-            ) from error
-
-
 class Log:
     """The commits of one stage under one fingerprint."""
 
@@ -229,7 +111,7 @@ class Log:
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{self.store.path(name)} is no commit any more ({type(error).__name__}: {error}). "
-                "Delete its folder to have that unit made again."
+                "`vidpipe verify --repair` puts it aside, and that unit is made again."
             ) from error
 
     def data_name(self, unit: str, commit: Commit) -> str:
@@ -259,56 +141,3 @@ class Log:
         if data is not None:
             self.store.delete(f"{self.prefix}/{unit}/{data}")
         return None
-
-
-class _HashingFile:
-    """Passes writes on and hashes them: no second read of what may be gigabytes."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.length = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self.sha256.update(view)
-        self.length += view.nbytes
-        self._file.write(view)
-        return view.nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        """The owner of the wrapped file closes it."""
-
-    def tell(self) -> int:
-        return self.length
-
-    def writable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return False
-
-    def seekable(self) -> bool:
-        return False
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

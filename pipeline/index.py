@@ -70,7 +70,7 @@ def refresh(pipeline: Pipeline) -> int | None:
     rows.sort(key=lambda row: (row["shard"], row["row"]))
     table = pa.Table.from_pylist(rows, schema=INDEX)
     Index(pipeline.config.workdir, table, spec, facts).save(path(pipeline))
-    pipeline.store.fs.pipe_file(pipeline.store.path(_STATE), json.dumps(state).encode())
+    pipeline.store.put(_STATE, json.dumps(state).encode())
     return len(rows)
 
 
