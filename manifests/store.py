@@ -1,143 +1,287 @@
-"""The commit log: the only truth of a workdir.
+"""The workdir: objects that are created once, whole and durable, and Parquet files.
 
-    <workdir>/<stage>/<fingerprint>/<unit>/000000.json        a commit, created once
-    <workdir>/<stage>/<fingerprint>/<unit>/<attempt>.parquet  the rows that it names
-
-A worker writes its rows under a name that nobody else uses, then creates the commit object that
-names them with their sha256. Creation fails if the object exists, so of two workers one wins and
-the other reads what was won. What no commit names does not exist: a crash leaves at most an orphan.
+Local paths and NFS use a temporary file, fsync and `os.link`; any other fsspec store must have a
+conditional put (`mode="create"`: If-None-Match on S3 and GCS). Listings are never cached: what
+another process has committed must be seen.
 """
 
 from __future__ import annotations
 
-import json
-import time
+import contextlib
+import os
+import threading
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
 
+import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from manifests import durable
 from manifests.faults import StoreError as StoreError
 from manifests.faults import StoreUnusable as StoreUnusable
-from manifests.objects import Store as Store
-from manifests.schema import FAILED, KEPT, REJECTED
+from manifests.faults import bare, unusable
 
-
-@dataclass
-class Counts:
-    """The account of a stage: `total == kept + Σrejected + Σfailed + pending`, always."""
-
-    total: int = 0
-    kept: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)
-    pending: int = 0
-
-    def add(self, outcome: str | None, reason: str | None) -> None:
-        """Counts one row; `outcome` None is a pending one."""
-        self.total += 1
-        if outcome == KEPT:
-            self.kept += 1
-        elif outcome == REJECTED:
-            self.rejected[reason or ""] = self.rejected.get(reason or "", 0) + 1
-        elif outcome == FAILED:
-            self.failed[reason or ""] = self.failed.get(reason or "", 0) + 1
-        else:
-            self.pending += 1
-
-    def __iadd__(self, other: Counts) -> Counts:
-        self.total += other.total
-        self.kept += other.kept
-        self.pending += other.pending
-        for mine, theirs in ((self.rejected, other.rejected), (self.failed, other.failed)):
-            for reason, n in theirs.items():
-                mine[reason] = mine.get(reason, 0) + n
-        return self
+# A loader reads whole row groups: large enough for sequential reads, small enough for a few in RAM.
+ROW_GROUP_BYTES = 16 << 20
+# Data files never change, so a stage need not read again what the one before it has just written.
+_CACHE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Commit:
-    """One commit object. `inputs` names the state of everything upstream that it was made from;
-    `counts` is the account of the whole unit in that state. `data` is None where no row was
-    pending: the commit then only says that nothing had to be done."""
+class Listed:
+    """What a listing tells of an object."""
 
-    seq: int
-    attempt: str
-    inputs: str
-    counts: Counts
-    data: str | None = None
-    sha256: str | None = None
-    size: int = 0  # bytes
-    rows: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    created: float = 0.0
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Commit:
-        values = json.loads(data)
-        return cls(**{**values, "counts": Counts(**values["counts"])})
+    size: int  # bytes
+    modified: float  # seconds since the epoch; infinite where the store does not say
 
 
-class Log:
-    """The commits of one stage under one fingerprint."""
+class Store:
+    """A workdir: a folder, or a prefix of any fsspec store. Paths are relative to it."""
 
-    def __init__(self, store: Store, stage: str, fingerprint: str) -> None:
-        self.store = store
-        self.stage = stage
-        self.fingerprint = fingerprint
-        self.prefix = f"{stage}/{fingerprint}"
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"workdir {bare(url)} can't be used: {error}") from error
+        self.local = "file" in _protocols(self.fs)
+        self._tables = _Tables()
+        self._snapshots: dict[str, tuple[str, dict[str, bytes]]] = {}
 
-    def units(self) -> dict[str, list[str]]:
-        """Every unit that has commits, with the names of these in their order."""
-        found: dict[str, list[str]] = {}
-        for name in self.store.find(self.prefix):
-            if name.endswith(".json"):
-                found.setdefault(name.rsplit("/", 2)[1], []).append(name)
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.url,)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Creates the object whole and durable; False if another one of that name is there."""
+        if not self.local:
+            return self._create_remote(name, data)
+        path = Path(self.path(name))
+        with self._told("write", name), durable.part_of(path, data) as part:
+            try:
+                durable.link(part, path)
+            except FileExistsError:
+                return self._is_ours(name, data)
+            durable.sync_folder(path.parent)
+        return True
+
+    def _create_remote(self, name: str, data: bytes) -> bool:
+        try:
+            self.fs.pipe_file(self.path(name), data, mode="create")
+        except (TypeError, NotImplementedError, ValueError) as error:
+            raise StoreError(self._no_conditional_put()) from error
+        except Exception as error:  # noqa: BLE001  each driver has its own
+            # Refused, or the answer was lost, and not every server says which: what stands there
+            # now tells. If nothing does, the object may yet appear, and its data must stay.
+            try:
+                return self._is_ours(name, data)
+            except FileNotFoundError:
+                raise unusable(error, "write", self._place(name)) from error
+        return True
+
+    def _is_ours(self, name: str, data: bytes) -> bool:
+        """Whether what stands there is what was just put: a retry after a lost reply meets its own
+        object. Commits bear an attempt's id, so equal bytes are the same attempt."""
+        return self.read(name) == data
+
+    def prove(self) -> None:
+        """Raises StoreError where objects can't be created, or not exclusively: some stores that
+        speak S3 ignore the condition of a put, and then two drivers lose each other's work."""
+        name = f".probe/{uuid.uuid4().hex}"
+        try:
+            if not self.create(name, b"first") or self.create(name, b"second"):
+                raise StoreError(self._no_conditional_put())
+        finally:
+            with contextlib.suppress(StoreError):
+                self.delete(name)
+
+    def _no_conditional_put(self) -> str:
+        return (
+            f"{bare(self.url)} has no conditional put, so commits there could overwrite each "
+            "other: use a local or NFS folder, S3, GCS or another store that has one"
+        )
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes the object whole, over what was there."""
+        with self._told("write", name):
+            if not self.local:
+                self.fs.pipe_file(self.path(name), data)
+                return
+            path = Path(self.path(name))
+            with durable.part_of(path, data) as part:
+                part.replace(path)
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+        with self._told("read", name, missing=True):
+            return cast(bytes, self.fs.cat_file(self.path(name)))
+
+    def find(self, prefix: str) -> list[str]:
+        """The names of all objects under `prefix`, sorted; empty where there are none."""
+        if self.local:
+            with self._told("list", prefix):
+                return sorted(_walk(self.path(prefix), prefix))
+        return sorted(self._found(prefix))
+
+    def listing(self, prefix: str) -> dict[str, Listed]:
+        """Every object under `prefix` with its length and age, in the order of names."""
+        found = {}
+        for name in self.find(prefix) if self.local else ():
+            with contextlib.suppress(FileNotFoundError):
+                info = Path(self.path(name)).lstat()
+                found[name] = Listed(info.st_size, info.st_mtime)
+        for name, facts in sorted(({} if self.local else self._found(prefix)).items()):
+            found[name] = Listed(int(facts["size"]), _modified(facts))
         return found
 
-    def commits(self, unit: str, names: Iterable[str] | None = None) -> list[Commit]:
-        """The unit's commits in order; `names` saves the listing where it is known."""
-        if names is None:
-            names = [n for n in self.store.find(f"{self.prefix}/{unit}") if n.endswith(".json")]
-        return [self._commit(name) for name in names]
+    def _found(self, prefix: str) -> dict[str, dict[str, Any]]:
+        with self._told("list", prefix, missing=True):
+            try:
+                found = self.fs.find(self.path(prefix), detail=True)
+            except FileNotFoundError:
+                return {}
+        cut = len(self.root) + 1
+        return {path[cut:]: facts for path, facts in found.items()}
 
-    def _commit(self, name: str) -> Commit:
+    @contextlib.contextmanager
+    def _told(self, what: str, name: str, missing: bool = False) -> Iterator[None]:
+        """Turns a driver's exceptions into StoreUnusable; with `missing`, not that an object is
+        not there."""
         try:
-            return Commit.from_json(self.store.read(name))
-        except (ValueError, KeyError, TypeError) as error:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:
+            # Drivers raise what their libraries do: OSError, botocore's own, aiohttp's own.
+            if isinstance(error, pa.ArrowException) or (
+                missing and isinstance(error, FileNotFoundError)
+            ):
+                raise
+            raise unusable(error, what, self._place(name)) from error
+
+    def _place(self, name: str) -> str:
+        return self.path(name) if self.local else f"{self.url.rstrip('/')}/{name}"
+
+    def snapshot(self, name: str) -> Mapping[str, bytes]:
+        """The lines of a snapshot by unit. Snapshots never change: the last of each log is kept."""
+        log = name.rsplit("/", 1)[0]
+        kept = self._snapshots.get(log)
+        if kept is None or kept[0] != name:
+            lines = self.read(name).splitlines()
+            kept = (name, {_unit_of(line): line for line in lines})
+            self._snapshots[log] = kept
+        return kept[1]
+
+    def delete(self, name: str) -> None:
+        with self._told("delete", name), contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
+
+    def write_parquet(self, name: str, table: pa.Table) -> tuple[str, int]:
+        """Writes the rows durably; returns the file's sha256 (hex) and its length in bytes.
+
+        Payload (binary columns) is neither compressed nor dictionary-encoded: latents are noise.
+        """
+        payload = {f.name for f in table.schema if pa.types.is_binary(f.type)}
+        rest = [n for n in table.column_names if n not in payload]
+        row_bytes = table.nbytes / max(1, table.num_rows)
+        path = self.path(name)
+        opened = durable.writing(Path(path)) if self.local else durable.uploading(self.fs, path)
+        with self._told("write", name), opened as hashed:
+            pq.write_table(
+                table,
+                hashed,
+                compression={n: "none" if n in payload else "zstd" for n in table.column_names},
+                use_dictionary=rest,
+                write_statistics=rest,
+                row_group_size=max(1, int(ROW_GROUP_BYTES // max(1.0, row_bytes))),
+            )
+        return hashed.sha256.hexdigest(), hashed.length
+
+    def read_parquet(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Raises StoreError, naming the file, where it is missing or damaged."""
+        known = self._tables.get(name, columns)
+        if known is not None:
+            return known
+        try:
+            with self._told("read", name, missing=True), self.fs.open(self.path(name)) as file:
+                # A unit's columns are small: handing them to threads takes longer than they do.
+                read = pq.ParquetFile(file).read(columns and list(columns), use_threads=False)
+                table = read.replace_schema_metadata(None)
+                self._tables.put(name, columns, table)
+                return table
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise StoreError(
-                f"{self.store.path(name)} is no commit any more ({type(error).__name__}: {error}). "
-                "`vidpipe verify --repair` puts it aside, and that unit is made again."
+                f"{self._place(name)}, which a commit names, can't be read: {error}. "
+                "`vidpipe verify --repair` has what is damaged made again."
             ) from error
 
-    def data_name(self, unit: str, commit: Commit) -> str:
-        return f"{self.prefix}/{unit}/{commit.data}"
 
-    def append(
-        self,
-        unit: str,
-        seq: int,
-        inputs: str,
-        counts: Counts,
-        table: pa.Table | None,
-        seconds: Mapping[str, float] = {},
-    ) -> Commit | None:
-        """Commits `table` as number `seq`; None if somebody else already has, with nothing left
-        behind."""
-        attempt = uuid.uuid4().hex[:12]
-        data, sha256, length, rows = None, None, 0, 0
-        if table is not None:
-            data, rows = f"{attempt}.parquet", table.num_rows
-            sha256, length = self.store.write_parquet(f"{self.prefix}/{unit}/{data}", table)
-        commit = Commit(
-            seq, attempt, inputs, counts, data, sha256, length, rows, dict(seconds), time.time()
-        )
-        if self.store.create(f"{self.prefix}/{unit}/{seq:06d}.json", commit.to_json()):
-            return commit
-        if data is not None:
-            self.store.delete(f"{self.prefix}/{unit}/{data}")
-        return None
+def _unit_of(line: bytes) -> str:
+    """The unit of a snapshot's line: it ends with it, as keys are sorted. Parsing the rest waits
+    until it is asked for."""
+    return line[:-2].rpartition(b'"unit": "')[2].decode()
+
+
+class _Tables:
+    """Small tables read last, by file and columns."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[str, tuple[str, ...] | None], pa.Table] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, name: str, columns: Sequence[str] | None) -> pa.Table | None:
+        key = (name, None if columns is None else tuple(columns))
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+            return self._tables.get(key)
+
+    def put(self, name: str, columns: Sequence[str] | None, table: pa.Table) -> None:
+        if table.nbytes > _CACHE_BYTES // 8:
+            return
+        key = (name, None if columns is None else tuple(columns))
+        with self._lock:
+            self._bytes += table.nbytes - getattr(self._tables.pop(key, None), "nbytes", 0)
+            self._tables[key] = table
+            while self._bytes > _CACHE_BYTES:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+
+
+def _walk(path: str, name: str) -> Iterator[str]:
+    """The names of all files below `path`, which `name` stands for. What goes meanwhile is gone."""
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                own = f"{name}/{entry.name}" if name else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _walk(entry.path, own)
+                else:
+                    yield own
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        yield name
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _modified(facts: Mapping[str, Any]) -> float:
+    """When an object was written, out of what its driver tells; each has its own word for it."""
+    for key in ("LastModified", "mtime", "updated", "last_modified", "created"):
+        value = facts.get(key)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if value is not None:
+            return value.timestamp() if isinstance(value, datetime) else float(value)
+    return float("inf")

@@ -13,8 +13,9 @@ from functools import cached_property
 
 import pyarrow as pa
 
+from manifests.log import Commit, Counts, History, Log, standing
 from manifests.schema import ABSENT, KEPT, OUTCOME, PENDING, digest, row_keys
-from manifests.store import Commit, Counts, Log, Store
+from manifests.store import Store
 
 SOURCE_LAYER = "source"
 SOURCE_FINGERPRINT = "pool"  # one pool of units, whatever table the rows came from
@@ -74,31 +75,30 @@ class Settled:
 
 
 class UnitView:
-    """One unit, joined. `names` are the commit names per stage as listed before; without them the
+    """One unit, joined. `listed` is what a listing of each stage found of it; without one the
     unit's folders are listed now. Whatever is committed later stays unseen: a view is one moment.
     """
 
     def __init__(
-        self, store: Store, dag: Dag, unit: str, names: Mapping[str, Sequence[str]] | None = None
+        self, store: Store, dag: Dag, unit: str, listed: Mapping[str, History] | None = None
     ) -> None:
         self.store, self.dag, self.unit = store, dag, unit
-        self._names = names
+        self._listed = listed
         self._commits: dict[str, list[Commit]] = {}
         self._settled: dict[str, Settled] = {}
         self._table: pa.Table | None = None
 
     def commits(self, name: str) -> list[Commit]:
+        """All commits of the stage in this unit, in order; `standing` picks those that count."""
         if name not in self._commits:
-            names = None if self._names is None else self._names.get(name, ())
-            self._commits[name] = self.dag.log(self.store, name).commits(self.unit, names)
+            history = None if self._listed is None else self._listed.get(name, History())
+            self._commits[name] = self.dag.log(self.store, name).commits(self.unit, history)
         return self._commits[name]
 
     def inputs_state(self, name: str) -> str:
         """Names the state of everything upstream: equal as long as no row of it can differ."""
         above = self.dag.ancestors[name]
-        return digest(
-            [[a, *(c.attempt for c in self.commits(a) if c.data is not None)] for a in above], 24
-        )
+        return digest([[a, *(c.attempt for c in standing(self.commits(a)))] for a in above], 24)
 
     def current(self, name: str) -> Commit | None:
         """The last commit that was made from the present inputs: its counts hold now."""
@@ -109,7 +109,7 @@ class UnitView:
         for commit in reversed(commits):
             if commit.inputs == state:
                 return commit
-            if commit.data is not None:
+            if commit.data is not None or commit.voids:
                 break  # rows were settled since under other inputs: older counts may be short
         return None
 
@@ -275,9 +275,7 @@ class UnitView:
         log = self.dag.log(self.store, name)
         tables: list[pa.Table] = []
         places: list[tuple[str, int]] = []
-        for commit in self.commits(name):
-            if commit.data is None:
-                continue
+        for commit in standing(self.commits(name)):
             file = log.data_name(self.unit, commit)
             columns = None
             if name != SOURCE_LAYER:

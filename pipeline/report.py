@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from manifests.store import Counts
+from manifests.log import Counts
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

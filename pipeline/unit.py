@@ -16,9 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from manifests.faults import StoreError, StoreUnusable, halts
+from manifests.log import Counts
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
-from manifests.store import Counts, Store
+from manifests.store import Store
 from manifests.view import Dag, UnitView
 from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 

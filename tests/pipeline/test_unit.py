@@ -12,8 +12,9 @@ import pytest
 from toys import Echo, Length, Limit, Shout, Words, pipeline
 
 from manifests.intake import scan
+from manifests.log import Counts
 from manifests.shards import LATENTS, Index, LatentSpec, read_latents
-from manifests.store import Counts, StoreError
+from manifests.store import StoreError
 from pipeline import index, query, unit
 from pipeline import plan as planning
 from pipeline.dag import Pipeline
