@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manifests.faults import StoreError, StoreUnusable, halts
 from manifests.log import Counts
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
@@ -63,6 +64,7 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # one line, where the stage raised
     trace: str | None = None
+    halts: bool = False  # nothing can be written: other units would fare no better
 
 
 class StageBug(Exception):
@@ -116,11 +118,14 @@ def run_unit(
         if done or not rows.num_rows:
             _commit(view, stage, loaded, done, receipt.seconds)
             clock.lap("commit")
-    except StageError as error:
+    except (StageError, StoreError) as error:
         receipt.error = str(error)  # a sentence for the user, with its remedy
+        receipt.halts = isinstance(error, StoreUnusable)
     except Exception as error:  # noqa: BLE001  the boundary between a stage and the run
-        receipt.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        receipt.trace = traceback.format_exc()
+        full = halts(error, store.url) if isinstance(error, OSError) else None
+        receipt.halts = full is not None
+        receipt.error = str(full or f"{type(error).__name__}: {error}").splitlines()[0]
+        receipt.trace = None if full else traceback.format_exc()
     return receipt
 
 
