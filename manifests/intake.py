@@ -15,6 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from manifests.credentials import Credentials, clean
+from manifests.redact import split_secret
 from manifests.schema import ABSENT, KEPT, OUTCOME, REJECTED, SOURCE, clip_id, digest, row_key
 from manifests.sources import SourceRow, SourceSettings, extras_schema, read, signature
 from manifests.store import Commit, Counts, Log, Store, StoreError
@@ -34,6 +36,7 @@ class Scan:
     changed: int
     gone: int
     units: list[str] = field(default_factory=list)  # the new ones
+    secrets: int = 0  # rows whose URI holds some: they are in `manifests.credentials`
 
 
 @dataclass
@@ -105,8 +108,9 @@ def scan(
     now = source_signature(settings)
     while True:
         before = scans(store)
-        if before and before[-1].signature == now:
-            return Scan(now, before[-1].rows, 0, 0, 0)
+        lost = before and before[-1].secrets and not Credentials(store.url)
+        if before and before[-1].signature == now and not lost:
+            return Scan(now, before[-1].rows, 0, 0, 0, secrets=before[-1].secrets)
         done = _scan(store, settings, now, {u for s in before for u in s.units}, size, progress)
         record = json.dumps(asdict(done)).encode()
         if store.create(f"{SCANS}/{len(before):06d}.json", record):
@@ -130,7 +134,11 @@ def _scan(
     seen: set[str] = set()
     fresh: list[dict[str, Any]] = []
     rows = changed = 0
-    for row in _rows(read(settings), seen):
+    whole: dict[str, str] = {}
+    source = read(settings)
+    if settings.kind != "folder":  # whose URIs are names of files
+        source = _public(source, whole)
+    for row in _rows(source, seen):
         rows += 1
         progress(rows)
         old = known.get(row["clip_id"])
@@ -139,6 +147,7 @@ def _scan(
         elif old.absent or old.key != row["row_key"]:
             changed += 1
             changes.setdefault(old.unit, []).append(row)
+    Credentials(store.url).keep(whole.items())  # before any row that needs them counts
     made = []
     for number, batch in enumerate(_batches(fresh, size or unit_size(len(fresh))), len(units)):
         # Numbered, so that units sort as the source does; named by what is in them, so that one
@@ -156,7 +165,18 @@ def _scan(
             )
     for unit, batch in changes.items():
         _commit(log, unit, batch, schema)
-    return Scan(now, rows, len(fresh), changed, gone, made)
+    return Scan(now, rows, len(fresh), changed, gone, made, len(whole))
+
+
+def _public(source: Iterable[SourceRow], whole: dict[str, str]) -> Iterator[SourceRow]:
+    """The rows without secrets; `whole` gets the URIs that had some, by what is left of them."""
+    for row in source:
+        uri, secret = split_secret(row.uri) if row.uri else (row.uri, None)
+        if uri is not None and secret is not None:
+            whole[uri] = secret
+        extras = {k: clean(v) if isinstance(v, str) else v for k, v in row.extras.items()}
+        caption = clean(row.caption) if row.caption else row.caption
+        yield row._replace(uri=uri, caption=caption, extras=extras, origin=clean(row.origin))
 
 
 def _rows(source: Iterable[SourceRow], seen: set[str]) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from manifests.redact import redact, redact_logs, redacted, sentence
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Counts, Store
@@ -68,6 +69,7 @@ def run_unit(
 
     `model` gives what the stage's `setup` made; it is called only if a row is pending.
     """
+    redact_logs()
     receipt = Receipt(stage.name, unit)
     clock = _Clock(receipt.seconds)
     try:
@@ -107,10 +109,10 @@ def run_unit(
             _commit(view, stage, loaded, records, receipt.seconds)
             clock.lap("commit")
     except StageError as error:
-        receipt.error = str(error)  # a sentence for the user, with its remedy
+        receipt.error = redact(str(error))  # a sentence for the user, with its remedy
     except Exception as error:  # noqa: BLE001  the boundary between a stage and the run
-        receipt.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        receipt.trace = traceback.format_exc()
+        receipt.error = redact(f"{type(error).__name__}: {error}".splitlines()[0])
+        receipt.trace = redact(traceback.format_exc())
     return receipt
 
 
@@ -136,9 +138,9 @@ def _records(
             case Rejected("" | None) | Failed("" | None):
                 raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")
             case Rejected(reason, message):
-                yield {**base, "outcome": REJECTED, "reason": reason, "message": message}
+                yield {**base, "outcome": REJECTED, **_said(reason, message)}
             case Failed(error, message):
-                yield {**base, "outcome": FAILED, "reason": error, "message": message}
+                yield {**base, "outcome": FAILED, **_said(error, message)}
             case dict():
                 yield {**base, "outcome": KEPT, **_added(stage, outcome)}
             case list() if stage.splits and outcome:
@@ -151,6 +153,11 @@ def _records(
                     "a row, Rejected or Failed is expected"
                     + (", or a list of rows that is not empty" if stage.splits else "")
                 )
+
+
+def _said(reason: str, message: str) -> Row:
+    """A stage's words as they are committed: whatever library they come from, without secrets."""
+    return {"reason": sentence(reason), "message": sentence(message)}
 
 
 def _added(stage: AnyStage, row: Row) -> Row:
@@ -222,7 +229,7 @@ def _table(stage: AnyStage, model: Any, records: Sequence[Row]) -> pa.Table:
         raise StageBug(
             f"{stage.name} gave a value of another type than declared: {error}"
         ) from error
-    return with_facts(table, {"stage": stage.identity(), **stage.metadata(model)})
+    return with_facts(table, redacted({"stage": stage.identity(), **stage.metadata(model)}))
 
 
 class _Clock:

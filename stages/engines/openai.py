@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from manifests.redact import conceal, redact
 from stages.engines.base import Answer, EngineFailure, Request, Result, SamplingSettings
 from stages.openers import retry_after
-from stages.transfer import LONGEST_WAIT, redact
+from stages.transfer import LONGEST_WAIT
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class OpenAIEngine:
         self.label = label
         self._urls = [chat_url(endpoint) for endpoint in endpoints]
         self._model = model
+        conceal(key)  # servers quote it in their errors
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._concurrency = concurrency
         self._timeout = timeout
