@@ -12,15 +12,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from manifests.redact import MAY_HOLD_SECRET, redact_urls, split_secret
 from manifests.schema import digest
 from manifests.store import StoreError
 
@@ -95,52 +90,6 @@ class Credentials:
             yield database
         finally:
             database.close()
-
-
-def part(uris: pa.Array) -> tuple[pa.Array, list[tuple[str, str]]]:
-    """A column of URIs as it may be stored, and the pairs for `Credentials.keep`."""
-    hits = _hits(uris)
-    parted = {i: split_secret(uris[i].as_py()) for i in hits}
-    pairs = [(public, whole) for public, whole in parted.values() if whole is not None]
-    return _replaced(uris, {i: public for i, (public, _) in parted.items()}), pairs
-
-
-def cleaned(texts: pa.Array) -> pa.Array:
-    """A column of the user's table, with the secrets of the URLs in it masked. What is one URL and
-    nothing else becomes what `split_secret` says, so that a new signature changes no row."""
-    return _replaced(texts, {i: clean(texts[i].as_py()) for i in _hits(texts)})
-
-
-def clean(text: str) -> str:
-    """One value of `cleaned`."""
-    public, whole = (
-        split_secret(text) if "://" in text and not _SPACE.search(text) else (text, None)
-    )
-    return public if whole is not None else redact_urls(text)
-
-
-_SPACE = re.compile(r"\s")
-# Beside URLs, keys by their form: `manifests.redact.redact_urls` has the exact ones.
-_SUSPECT = (
-    MAY_HOLD_SECRET + r"|hf_\w{16}|\bsk-|akia|asia|aiza|gh[pousr]_|github_pat|glpat-|xox|ya29|eyj"
-    r"|-----begin|bearer|basic|authorization|cookie|api-key|(?:key|token|secret|passw\w*)['\"]?\s*[:=]"
-)
-
-
-def _hits(texts: pa.Array) -> list[int]:
-    found = pc.match_substring_regex(texts, _SUSPECT)
-    hits: list[int] = pc.indices_nonzero(pc.fill_null(found, False)).to_pylist()
-    return hits
-
-
-def _replaced(texts: pa.Array, values: dict[int, str]) -> pa.Array:
-    if not values:
-        return texts
-    mask = [False] * len(texts)
-    for i in values:
-        mask[i] = True
-    new = pa.array([values[i] for i in sorted(values)], texts.type)
-    return pc.replace_with_mask(texts, pa.array(mask), new)
 
 
 def _folder() -> Path:

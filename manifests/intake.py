@@ -15,11 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from manifests.credentials import Credentials, clean
-from manifests.redact import split_secret
+from manifests.credentials import Credentials
+from manifests.log import Commit, Counts, Log, standing
+from manifests.redact import clean, split_secret
 from manifests.schema import ABSENT, KEPT, OUTCOME, REJECTED, SOURCE, clip_id, digest, row_key
 from manifests.sources import SourceRow, SourceSettings, extras_schema, read, signature
-from manifests.store import Commit, Counts, Log, Store, StoreError
+from manifests.store import Store, StoreError
 from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer
 
 MIN_UNIT, MAX_UNIT = 4, 1024
@@ -243,7 +244,7 @@ def _pool(log: Log, units: set[str]) -> dict[str, _Known]:
     """Every row that was ever taken in, with its last state."""
     known: dict[str, _Known] = {}
     for unit in units:
-        for commit in log.commits(unit):
+        for commit in standing(log.commits(unit)):
             table = log.store.read_parquet(
                 log.data_name(unit, commit), ["clip_id", "row_key", "outcome"]
             )
@@ -267,7 +268,7 @@ def _commit(log: Log, unit: str, rows: list[dict[str, Any]], schema: pa.Schema) 
 def _counts(log: Log, unit: str, commits: list[Commit], table: pa.Table) -> Counts:
     last: dict[str, tuple[str, str | None]] = {}
     columns = ["clip_id", "outcome", "reason"]
-    tables = [log.store.read_parquet(log.data_name(unit, c), columns) for c in commits]
+    tables = [log.store.read_parquet(log.data_name(unit, c), columns) for c in standing(commits)]
     for part in (*tables, table.select(columns)):
         for clip, outcome, reason in zip(*(column.to_pylist() for column in part.columns)):
             last[clip] = (outcome, reason)

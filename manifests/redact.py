@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote_plus
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 MASK = "***"
 SHORTEST = 8  # characters: a shorter value of a variable would mask ordinary words
 
@@ -95,11 +98,16 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` with everything masked that is a secret: `secrets`, what `conceal` was told, values
     of this process' variables that are named as secrets, keys by their form, and what lets one in
     in the URLs and headers of the text."""
-    known = [*secrets, *_concealed, *_of_environment(tuple(_named(os.environ)))]
-    for secret in sorted(known, key=len, reverse=True):
-        for form in {secret, quote(secret, safe=""), quote_plus(secret)}:
-            text = text.replace(form, MASK)
+    for form in _known(secrets):
+        text = text.replace(form, MASK)
     return redact_urls(text)
+
+
+def _known(secrets: Iterable[str]) -> list[str]:
+    """Every secret that is known, as it stands and as it stands in URLs, the longest first."""
+    known = [*secrets, *_concealed, *_of_environment(tuple(_named(os.environ)))]
+    forms = {form for s in known if s for form in (s, quote(s, safe=""), quote_plus(s))}
+    return sorted(forms, key=len, reverse=True)
 
 
 def redact_urls(text: str) -> str:
@@ -258,6 +266,61 @@ def _signing(names: set[str]) -> set[str]:
 def has_credentials(url: str) -> bool:
     """Whether a URL bears a user, a password or a signature."""
     return split_secret(url)[1] is not None
+
+
+def part(uris: pa.Array) -> tuple[pa.Array, list[tuple[str, str]]]:
+    """A column of URIs as it may be stored, and the pairs for `manifests.credentials`."""
+    hits = _hits(uris, MAY_HOLD_SECRET)
+    parted = {i: split_secret(uris[i].as_py()) for i in hits}
+    pairs = [(public, whole) for public, whole in parted.values() if whole is not None]
+    return _replaced(uris, {i: public for i, (public, _) in parted.items()}), pairs
+
+
+def cleaned(texts: pa.Array) -> pa.Array:
+    """A column of the user's table, with the secrets of the URLs in it masked. What is one URL and
+    nothing else becomes what `split_secret` says, so that a new signature changes no row."""
+    return _replaced(texts, {i: clean(texts[i].as_py()) for i in _hits(texts, _SUSPECT)})
+
+
+def clean(text: str) -> str:
+    """One value of `cleaned`."""
+    public, whole = (
+        split_secret(text) if "://" in text and not _SPACE.search(text) else (text, None)
+    )
+    return public if whole is not None else redact_urls(text)
+
+
+_SPACE = re.compile(r"\s")
+# Beside URLs, keys by their form: `manifests.redact.redact_urls` has the exact ones.
+_SUSPECT = (
+    MAY_HOLD_SECRET + r"|hf_\w{16}|\bsk-|akia|asia|aiza|gh[pousr]_|github_pat|glpat-|xox|ya29|eyj"
+    r"|-----begin|bearer|basic|authorization|cookie|api-key|(?:key|token|secret|passw\w*)['\"]?\s*[:=]"
+)
+
+
+def sentences(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A column of messages as `sentence` has each of them."""
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
+    known = "|".join(re.escape(form) for form in _known(()))
+    hits = _hits(texts, _SUSPECT + (f"|{known}" if known else ""))
+    return _replaced(texts, {i: sentence(texts[i].as_py()) or "" for i in hits})
+
+
+def _hits(texts: pa.Array, pattern: str) -> list[int]:
+    found = pc.match_substring_regex(texts, pattern)
+    hits: list[int] = pc.indices_nonzero(pc.fill_null(found, False)).to_pylist()
+    return hits
+
+
+def _replaced(texts: pa.Array, values: dict[int, str]) -> pa.Array:
+    if not values:
+        return texts
+    mask = [False] * len(texts)
+    for i in values:
+        mask[i] = True
+    new = pa.array([values[i] for i in sorted(values)], texts.type)
+    return pc.replace_with_mask(texts, pa.array(mask), new)
 
 
 def redact_logs() -> None:

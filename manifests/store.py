@@ -1,11 +1,4 @@
-"""The commit log: the only truth of a workdir.
-
-    <workdir>/<stage>/<fingerprint>/<unit>/000000.json        a commit, created once
-    <workdir>/<stage>/<fingerprint>/<unit>/<attempt>.parquet  the rows that it names
-
-A worker writes its rows under a name that nobody else uses, then creates the commit object that
-names them with their sha256. Creation fails if the object exists, so of two workers one wins and
-the other reads what was won. What no commit names does not exist: a crash leaves at most an orphan.
+"""The workdir: objects that are created once, whole and durable, and Parquet files.
 
 Local paths and NFS use a temporary file, fsync and `os.link`; any other fsspec store must have a
 conditional put (`mode="create"`: If-None-Match on S3 and GCS).
@@ -15,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import time
+import threading
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,72 +20,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manifests.schema import FAILED, KEPT, REJECTED
-
 # A loader reads whole row groups: large enough for sequential reads, small enough for a few in RAM.
 ROW_GROUP_BYTES = 16 << 20
+# Data files never change, so a stage need not read again what the one before it has just written.
+_CACHE_BYTES = 64 << 20
 
 
 class StoreError(Exception):
     """The workdir can't be used as it is; the message says what, why and what to do."""
-
-
-@dataclass
-class Counts:
-    """The account of a stage: `total == kept + Σrejected + Σfailed + pending`, always."""
-
-    total: int = 0
-    kept: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)
-    pending: int = 0
-
-    def add(self, outcome: str | None, reason: str | None) -> None:
-        """Counts one row; `outcome` None is a pending one."""
-        self.total += 1
-        if outcome == KEPT:
-            self.kept += 1
-        elif outcome == REJECTED:
-            self.rejected[reason or ""] = self.rejected.get(reason or "", 0) + 1
-        elif outcome == FAILED:
-            self.failed[reason or ""] = self.failed.get(reason or "", 0) + 1
-        else:
-            self.pending += 1
-
-    def __iadd__(self, other: Counts) -> Counts:
-        self.total += other.total
-        self.kept += other.kept
-        self.pending += other.pending
-        for mine, theirs in ((self.rejected, other.rejected), (self.failed, other.failed)):
-            for reason, n in theirs.items():
-                mine[reason] = mine.get(reason, 0) + n
-        return self
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One commit object. `inputs` names the state of everything upstream that it was made from;
-    `counts` is the account of the whole unit in that state. `data` is None where no row was
-    pending: the commit then only says that nothing had to be done."""
-
-    seq: int
-    attempt: str
-    inputs: str
-    counts: Counts
-    data: str | None = None
-    sha256: str | None = None
-    size: int = 0  # bytes
-    rows: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    created: float = 0.0
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Commit:
-        values = json.loads(data)
-        return cls(**{**values, "counts": Counts(**values["counts"])})
 
 
 class Store:
@@ -106,6 +40,8 @@ class Store:
         except (ValueError, ImportError) as error:
             raise StoreError(f"workdir {url} can't be used: {error}") from error
         self.local = "file" in _protocols(self.fs)
+        self._tables = _Tables()
+        self._snapshots: dict[str, tuple[str, dict[str, bytes]]] = {}
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.url,)
@@ -153,12 +89,24 @@ class Store:
 
     def find(self, prefix: str) -> list[str]:
         """The names of all objects under `prefix`, sorted; empty where there are none."""
+        if self.local:
+            return sorted(_walk(self.path(prefix), prefix))
         try:
             paths = self.fs.find(self.path(prefix))
         except FileNotFoundError:
             return []
         cut = len(self.root) + 1
         return sorted(path[cut:] for path in paths)
+
+    def snapshot(self, name: str) -> Mapping[str, bytes]:
+        """The lines of a snapshot by unit. Snapshots never change: the last of each log is kept."""
+        log = name.rsplit("/", 1)[0]
+        kept = self._snapshots.get(log)
+        if kept is None or kept[0] != name:
+            lines = self.read(name).splitlines()
+            kept = (name, {_unit_of(line): line for line in lines})
+            self._snapshots[log] = kept
+        return kept[1]
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -188,11 +136,23 @@ class Store:
                 _sync(file)
         return hashed.sha256.hexdigest(), hashed.length
 
-    def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
+    def remember(self, name: str, table: pa.Table) -> None:
+        """Spares `read_parquet` the file that was just written, for all columns but payload."""
+        light = [f.name for f in table.schema if not pa.types.is_binary(f.type)]
+        self._tables.put(name, light, table.select(light).replace_schema_metadata(None))
+
+    def read_parquet(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Raises StoreError, naming the file, where it is missing or damaged."""
+        known = self._tables.get(name, columns)
+        if known is not None:
+            return known
         try:
             with self.fs.open(self.path(name), "rb") as file:
-                return pq.ParquetFile(file).read(columns=columns)
+                # A unit's columns are small: handing them to threads takes longer than they do.
+                read = pq.ParquetFile(file).read(columns and list(columns), use_threads=False)
+                table = read.replace_schema_metadata(None)
+                self._tables.put(name, columns, table)
+                return table
         except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
             raise StoreError(
                 f"{self.path(name)}, which a commit names, can't be read: {error}. "
@@ -200,65 +160,52 @@ class Store:
             ) from error
 
 
-class Log:
-    """The commits of one stage under one fingerprint."""
+def _unit_of(line: bytes) -> str:
+    """The unit of a snapshot's line: it ends with it, as keys are sorted. Parsing the rest waits
+    until it is asked for."""
+    return line[:-2].rpartition(b'"unit": "')[2].decode()
 
-    def __init__(self, store: Store, stage: str, fingerprint: str) -> None:
-        self.store = store
-        self.stage = stage
-        self.fingerprint = fingerprint
-        self.prefix = f"{stage}/{fingerprint}"
 
-    def units(self) -> dict[str, list[str]]:
-        """Every unit that has commits, with the names of these in their order."""
-        found: dict[str, list[str]] = {}
-        for name in self.store.find(self.prefix):
-            if name.endswith(".json"):
-                found.setdefault(name.rsplit("/", 2)[1], []).append(name)
-        return found
+class _Tables:
+    """Small tables read last, by file and columns."""
 
-    def commits(self, unit: str, names: Iterable[str] | None = None) -> list[Commit]:
-        """The unit's commits in order; `names` saves the listing where it is known."""
-        if names is None:
-            names = [n for n in self.store.find(f"{self.prefix}/{unit}") if n.endswith(".json")]
-        return [self._commit(name) for name in names]
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[str, tuple[str, ...] | None], pa.Table] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
 
-    def _commit(self, name: str) -> Commit:
-        try:
-            return Commit.from_json(self.store.read(name))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{self.store.path(name)} is no commit any more ({type(error).__name__}: {error}). "
-                "Delete its folder to have that unit made again."
-            ) from error
+    def get(self, name: str, columns: Sequence[str] | None) -> pa.Table | None:
+        key = (name, None if columns is None else tuple(columns))
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+            return self._tables.get(key)
 
-    def data_name(self, unit: str, commit: Commit) -> str:
-        return f"{self.prefix}/{unit}/{commit.data}"
+    def put(self, name: str, columns: Sequence[str] | None, table: pa.Table) -> None:
+        if table.nbytes > _CACHE_BYTES // 8:
+            return
+        key = (name, None if columns is None else tuple(columns))
+        with self._lock:
+            self._bytes += table.nbytes - getattr(self._tables.pop(key, None), "nbytes", 0)
+            self._tables[key] = table
+            while self._bytes > _CACHE_BYTES:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
 
-    def append(
-        self,
-        unit: str,
-        seq: int,
-        inputs: str,
-        counts: Counts,
-        table: pa.Table | None,
-        seconds: Mapping[str, float] = {},
-    ) -> Commit | None:
-        """Commits `table` as number `seq`; None if somebody else already has, with nothing left
-        behind."""
-        attempt = uuid.uuid4().hex[:12]
-        data, sha256, length, rows = None, None, 0, 0
-        if table is not None:
-            data, rows = f"{attempt}.parquet", table.num_rows
-            sha256, length = self.store.write_parquet(f"{self.prefix}/{unit}/{data}", table)
-        commit = Commit(
-            seq, attempt, inputs, counts, data, sha256, length, rows, dict(seconds), time.time()
-        )
-        if self.store.create(f"{self.prefix}/{unit}/{seq:06d}.json", commit.to_json()):
-            return commit
-        if data is not None:
-            self.store.delete(f"{self.prefix}/{unit}/{data}")
-        return None
+
+def _walk(path: str, name: str) -> Iterator[str]:
+    """The names of all files below `path`, which `name` stands for. What goes meanwhile is gone."""
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                own = f"{name}/{entry.name}" if name else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _walk(entry.path, own)
+                else:
+                    yield own
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        yield name
 
 
 class _HashingFile:

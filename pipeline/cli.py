@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from manifests.store import Counts
+    from manifests.log import Counts
     from pipeline.dag import Pipeline
     from pipeline.unit import Retry
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from manifests.intake import pool_units
-from manifests.store import Counts
+from manifests.log import Counts
 from manifests.view import SOURCE_LAYER, UnitView
 from pipeline.dag import Pipeline
 from pipeline.unit import Retry
@@ -54,8 +54,8 @@ def views(pipeline: Pipeline) -> Iterator[UnitView]:
         for name in reversed(list(pipeline.dag.layers))
     }
     for unit in sorted(pool_units(pipeline.store) & listed[SOURCE_LAYER].keys()):
-        names = {name: units[unit] for name, units in listed.items() if unit in units}
-        yield UnitView(pipeline.store, pipeline.dag, unit, names)
+        histories = {name: units[unit] for name, units in listed.items() if unit in units}
+        yield UnitView(pipeline.store, pipeline.dag, unit, histories)
 
 
 def status(pipeline: Pipeline) -> dict[str, Counts]:

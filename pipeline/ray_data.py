@@ -26,7 +26,8 @@ from ray.autoscaler.sdk import request_resources
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.metrics import Counter
 
-from manifests.store import Counts, Store
+from manifests.log import Counts
+from manifests.store import Store
 from manifests.view import Dag
 from pipeline.config import RunSettings
 from pipeline.dag import Pipeline

@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from manifests.log import Counts
 from manifests.redact import shown
-from manifests.store import Counts
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

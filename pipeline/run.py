@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from manifests.intake import Scan, scan
+from manifests.log import Counts
 from manifests.schema import did_you_mean
-from manifests.store import Counts
 from pipeline import index, local
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline

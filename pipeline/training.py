@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+from manifests.log import Counts
 from manifests.redact import redacted, shown
 from manifests.shards import Index
-from manifests.store import Counts
 from pipeline import index
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline

@@ -1,12 +1,22 @@
-"""Fixtures for tests of sources."""
+"""Stores to write to, and tables to read."""
+
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from manifests.sources import SourceSettings
+from manifests.store import Store
 
 KINDS = {"csv": "csv", "tsv": "csv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A folder, and an fsspec store with a conditional put."""
+    url = str(tmp_path / "work") if request.param == "local" else f"memory://{tmp_path.name}"
+    return Store(url)
 
 
 @pytest.fixture

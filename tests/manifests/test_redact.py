@@ -7,17 +7,21 @@ import pyarrow.compute as pc
 import pytest
 
 from manifests import redact as module
-from manifests.credentials import Credentials, CredentialsError, clean, cleaned, part
+from manifests.credentials import Credentials, CredentialsError
 from manifests.redact import (
     MAY_HOLD_SECRET,
+    clean,
+    cleaned,
     conceal,
     has_credentials,
     may_hold_secret,
+    part,
     redact,
     redact_logs,
     redacted,
     secrets_of,
     sentence,
+    sentences,
     shown,
     split_secret,
 )
@@ -208,3 +212,11 @@ def test_whatever_a_library_logs_is_redacted(caplog: pytest.LogCaptureFixture) -
         logging.setLogRecordFactory(before)
     assert "asked https://***@h/a" in caplog.text
     assert "hunter22" not in caplog.text
+
+
+def test_a_column_of_messages_is_redacted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "plain (words")
+    messages = ["len = 3", "plain (words", None, "at https://u:pw@h/a", "plain+%28words"]
+    column = pa.chunked_array([messages[:2], messages[2:]])
+    assert sentences(column).to_pylist() == [sentence(message) for message in messages]
+    assert sentences(column)[1].as_py() == "***"

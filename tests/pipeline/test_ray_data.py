@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from toys import Length, Limit, Shout, pipeline
 
-from manifests.store import Counts
+from manifests.log import Counts
 from pipeline import query
 from pipeline.errors import RunError
 from pipeline.report import Reporter

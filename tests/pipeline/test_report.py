@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toys import pipeline
 
-from manifests.store import Counts
+from manifests.log import Counts
 from pipeline import report as reports
 from pipeline.plan import StagePlan
 from pipeline.report import LiveReporter, PlainReporter, console
