@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from manifests.credentials import Credentials
 from manifests.joins import array, current, scattered
 from manifests.ledger import Ledger
 from manifests.log import Log, standing
@@ -36,6 +37,7 @@ from manifests.reconcile import (
     repeated,
     spill_pool,
 )
+from manifests.redact import cleaned, part
 from manifests.schema import (
     KEPT,
     OUTCOME,
@@ -64,6 +66,7 @@ class Scan:
     changed: int
     gone: int
     units: list[str] = field(default_factory=list)  # the new ones
+    secrets: int = 0  # rows whose URI holds some: they are in `manifests.credentials`
 
 
 def source_layer(extras: pa.Schema | None = None) -> Layer:
@@ -126,8 +129,9 @@ def scan(
     now = source_signature(settings)
     while True:
         before = scans(store)
-        if before and before[-1].signature == now:
-            return Scan(now, before[-1].rows, 0, 0, 0)
+        lost = before and before[-1].secrets and not Credentials(store.url)
+        if before and before[-1].signature == now and not lost:
+            return Scan(now, before[-1].rows, 0, 0, 0, secrets=before[-1].secrets)
         units = {unit for scan in before for unit in scan.units}
         with tempfile.TemporaryDirectory(prefix="vidpipe-scan-") as folder:
             done = _scan(store, settings, now, units, size, progress, Path(folder))
@@ -154,7 +158,8 @@ def _scan(
         Ledger(folder / "claims", "clip_id", CLAIM) as claims,
         Ledger(folder / "changes", "unit", schema.append(pa.field("unit", pa.string()))) as changes,
     ):
-        rows = _stage(settings, schema, folder / "rows.parquet", staged, progress)
+        source = _Public(store, settings)
+        rows = _stage(source, schema, folder / "rows.parquet", staged, progress)
         repeats = repeated(staged)
         claims.add(repeats)
         spill_pool(log, units, known)
@@ -172,11 +177,37 @@ def _scan(
             for unit in pc.unique(bucket.column("unit")).to_pylist():
                 own = bucket.filter(pc.equal(bucket.column("unit"), unit))
                 _commit(log, unit, own.drop_columns("unit"))
-    return Scan(now, rows, new, changed, gone, made)
+    return Scan(now, rows, new, changed, gone, made, source.secrets)
+
+
+class _Public:
+    """The source's rows without secrets: these go to `manifests.credentials`, before any row that
+    needs them counts."""
+
+    def __init__(self, store: Store, settings: SourceSettings) -> None:
+        self._credentials, self._settings = Credentials(store.url), settings
+        self.secrets = 0
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for table in read_tables(self._settings):
+            if self._settings.kind == "folder":  # whose URIs are names of files
+                yield table
+                continue
+            uris, pairs = part(array(table, "uri"))
+            self._credentials.keep(pairs)
+            self.secrets += len(pairs)
+            parted = {
+                f.name: cleaned(array(table, f.name))
+                for f in table.schema
+                if pa.types.is_string(f.type) and f.name != "uri"
+            }
+            parted["uri"] = uris
+            columns = [parted.get(n, table.column(n)) for n in table.column_names]
+            yield pa.table(columns, schema=table.schema)
 
 
 def _stage(
-    settings: SourceSettings,
+    source: Iterable[pa.Table],
     schema: pa.Schema,
     file: Path,
     staged: Ledger,
@@ -186,7 +217,7 @@ def _stage(
     `staged`; returns how many there are."""
     rows = 0
     with pq.ParquetWriter(file, schema, compression="lz4") as writer:
-        for batch in _cut(read_tables(settings), _ROWS):
+        for batch in _cut(source, _ROWS):
             table = judge(batch, schema)
             numbers = pa.array(np.arange(rows, rows + len(table)))
             rows += len(table)
