@@ -6,10 +6,11 @@ Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or c
 
 from __future__ import annotations
 
-import json
+import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,22 +26,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def main() -> None:
     """The `vidpipe` command."""
+    from manifests.redact import redact_logs, shown
+
+    redact_logs()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(shown(said.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped; what is committed stays, `vidpipe run` goes on from there", err=True)
         code = 130
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the last one to see it
         known = _known(error)
-        if known is None:
-            raise
-        click.echo(f"vidpipe: {error}", err=True)
-        code = known
+        text = traceback.format_exc() if known is None else f"vidpipe: {error}"
+        click.echo(shown(text), err=True)
+        code = 1 if known is None else known
     _leave(int(code or 0))
 
 
@@ -243,12 +248,12 @@ def _asked(
 def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Where every clip is: per stage in, kept, rejected, failed, pending."""
     from pipeline.account import account, retry_hint
+    from pipeline.output import json_text, text_table
 
     result = account(_load(file, overrides))
     if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        click.echo(json_text(result, indent=1))
         return
-    from pipeline.output import text_table
 
     rows = [
         [
@@ -352,12 +357,14 @@ def sample(
 @_config
 def doctor(file: str, overrides: tuple[str, ...]) -> None:
     """Check this machine and, where there is one, the configuration."""
+    from manifests.redact import shown
     from pipeline.doctor import examine
 
     ok = True
     for check in examine(file, overrides):
         ok = ok and check.ok
-        click.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.subject:<16} {check.finding}")
+        line = f"{'ok  ' if check.ok else 'FAIL'}  {check.subject:<16} {check.finding}"
+        click.echo(shown(line))
     if not ok:
         raise click.exceptions.Exit(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from manifests.store import StoreUnusable
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan
 from pipeline.report import Reporter
@@ -15,7 +16,7 @@ def run(
     pipeline: Pipeline, stages: Sequence[str], plan: Plan, retry: Retry, report: Reporter
 ) -> list[Receipt]:
     """Runs `stages` over the plan's units, one stage after the other; returns the receipts of
-    units that raised."""
+    units that raised. Raises StoreUnusable where nothing can be written any more."""
     faults = []
     for name in stages:
         stage = pipeline.stages[name]
@@ -23,6 +24,8 @@ def run(
         for unit in plan.stages[name].units:
             receipt = run_unit(pipeline.store, pipeline.dag, stage, model, unit, retry, report.rows)
             report.unit(receipt)
+            if receipt.halts:
+                raise StoreUnusable(receipt.error)
             if receipt.error:
                 faults.append(receipt)
     return faults

@@ -27,7 +27,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.metrics import Counter
 
 from manifests.log import Counts
-from manifests.store import Store
+from manifests.store import Store, StoreUnusable
 from manifests.view import Dag
 from pipeline.config import RunSettings
 from pipeline.dag import Pipeline
@@ -181,6 +181,9 @@ def _run_wave(
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             for text in batch["faults"]:
                 faults += map(_receipt, json.loads(str(text)))
+            for receipt in faults:
+                if receipt.halts:
+                    raise StoreUnusable(receipt.error)
     except ray.exceptions.RayError as error:
         raise RunError(
             f"{' → '.join(part.stages)}: a worker died and its retries are used up: "

@@ -40,6 +40,8 @@ def prepare(
     """
     stages = pipeline.upstream(names)
     check_workdir(pipeline.config.workdir)
+    if not pipeline.store.local:
+        pipeline.store.prove()
     done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size)
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""

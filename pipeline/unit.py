@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manifests.faults import StoreError, StoreUnusable, halts
 from manifests.log import Counts
+from manifests.redact import redact, redact_logs, redacted, sentence, sentences
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Store
@@ -63,6 +65,7 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # one line, where the stage raised
     trace: str | None = None
+    halts: bool = False  # nothing can be written: other units would fare no better
 
 
 class StageBug(Exception):
@@ -85,6 +88,7 @@ def run_unit(
     the share of a unit's clips that is wanted, as (number, of how many): workers may settle one
     unit side by side.
     """
+    redact_logs()
     receipt = Receipt(stage.name, unit)
     retry = retry.of(stage)
     clock = _Clock(receipt.seconds)
@@ -116,11 +120,14 @@ def run_unit(
         if done or not rows.num_rows:
             _commit(view, stage, loaded, done, receipt.seconds)
             clock.lap("commit")
-    except StageError as error:
-        receipt.error = str(error)  # a sentence for the user, with its remedy
+    except (StageError, StoreError) as error:
+        receipt.error = redact(str(error))  # a sentence for the user, with its remedy
+        receipt.halts = isinstance(error, StoreUnusable)
     except Exception as error:  # noqa: BLE001  the boundary between a stage and the run
-        receipt.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        receipt.trace = traceback.format_exc()
+        full = halts(error, store.url) if isinstance(error, OSError) else None
+        receipt.halts = full is not None
+        receipt.error = redact(str(full or f"{type(error).__name__}: {error}").splitlines()[0])
+        receipt.trace = None if full else redact(traceback.format_exc())
     return receipt
 
 
@@ -166,6 +173,7 @@ def settle(
         if isinstance(outcomes, pa.Table):
             given = {"clip_id": ids, "row_key": keys, "attempts": attempts, "outcome": KEPT}
             given |= {name: outcomes.column(name) for name in outcomes.column_names}
+            given |= {n: sentences(given[n]) for n in ("reason", "message") if n in given}
             return _whole(stage, given, len(ids), schema)
         known = zip(keys.to_pylist(), attempts.to_pylist())
         records = list(_records(stage, ids.to_pylist(), list(known), outcomes))
@@ -207,9 +215,9 @@ def _records(
             case Rejected("" | None) | Failed("" | None):
                 raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")
             case Rejected(reason, message):
-                yield {**base, "outcome": REJECTED, "reason": reason, "message": message}
+                yield {**base, "outcome": REJECTED, **_said(reason, message)}
             case Failed(error, message):
-                yield {**base, "outcome": FAILED, "reason": error, "message": message}
+                yield {**base, "outcome": FAILED, **_said(error, message)}
             case dict():
                 yield {**base, "outcome": KEPT, **_added(stage, outcome)}
             case list() if stage.splits and outcome:
@@ -222,6 +230,11 @@ def _records(
                     "a row, Rejected or Failed is expected"
                     + (", or a list of rows that is not empty" if stage.splits else "")
                 )
+
+
+def _said(reason: str, message: str) -> Row:
+    """A stage's words as they are committed: whatever library they come from, without secrets."""
+    return {"reason": sentence(reason), "message": sentence(message)}
 
 
 def _added(stage: AnyStage, row: Row) -> Row:
@@ -253,7 +266,7 @@ def _commit(
     schema = pa.schema([*OUTCOME, *stage.adds])
     new = pa.concat_tables(done) if done else schema.empty_table()
     while True:
-        facts = {"stage": stage.identity(), **stage.metadata(model)} if len(new) else {}
+        facts = redacted({"stage": stage.identity(), **stage.metadata(model)}) if len(new) else {}
         log = view.dag.log(view.store, name)
         if log.append(
             view.unit,

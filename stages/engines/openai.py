@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from manifests.redact import conceal, redact
 from stages.base import StageError
 from stages.engines.base import Answer, EngineFailure, Request, Result, SamplingSettings
 from stages.openers import retry_after
-from stages.transfer import LONGEST_WAIT, redact
+from stages.transfer import LONGEST_WAIT
 
 # What all requests meet alike: a server that is not there, a key or a model that it does not know.
 OF_THE_RUN = ("engine_unreachable", "bad_url", "http_401", "http_403", "http_404")
@@ -71,6 +72,7 @@ class OpenAIEngine:
         self.label = label
         self._urls = [chat_url(endpoint) for endpoint in endpoints]
         self._model = model
+        conceal(key)  # servers quote it in their errors
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._concurrency = concurrency
         self._timeout = timeout
