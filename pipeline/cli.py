@@ -1,10 +1,13 @@
 """The command line. Commands are thin shells over library calls; imports stay lazy, because
 `vidpipe --help` must not pay for torch.
 
-Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or configuration.
+Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or configuration,
+130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
+
+import pipeline.early  # isort: skip  # noqa: F401  signals, before what takes time
 
 import json
 import logging
@@ -16,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline import stop
+
 if TYPE_CHECKING:
     from manifests.log import Counts
     from pipeline.dag import Pipeline
@@ -26,6 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def main() -> None:
     """The `vidpipe` command."""
+    stop.listen()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -34,8 +40,8 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; what is committed stays, `vidpipe run` goes on from there", err=True)
-        code = 130
+        click.echo(stop.sentence(), err=True)
+        code = stop.code()
     except Exception as error:
         known = _known(error)
         if known is None:

@@ -20,6 +20,7 @@ from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Store
 from manifests.view import Dag, UnitView
+from pipeline.watch import UNWATCHED, Watch, batches
 from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
@@ -64,8 +65,10 @@ def run_unit(
     unit: str,
     retry: Retry = Retry(),
     on_rows: OnRows = lambda stage, counts: None,
+    watch: Watch = UNWATCHED,
 ) -> Receipt:
-    """Settles and commits the pending rows of `unit` at `stage`.
+    """Settles and commits the pending rows of `unit` at `stage`, or what of them is done when
+    `watch` asks to stop.
 
     `model` gives what the stage's `setup` made; it is called only if a row is pending.
     """
@@ -87,13 +90,22 @@ def run_unit(
         clock.lap("read")
         records: list[Row] = []
         size = 0
-        for start in range(0, len(rows), stage.batch_size):
-            batch = rows[start : start + stage.batch_size]
-            ids = [row["clip_id"] for row in batch]
-            outcomes = stage.process(batch, loaded)
+        for batch in batches([row["clip_id"] for row in rows], stage.batch_size, watch):
+            if watch.stopping():
+                break
+            ids = [rows[i]["clip_id"] for i in batch.places]
+            tries = [1] * len(ids)
+            outcomes: Sequence[Outcome]
+            if batch.condemned:
+                verdicts = [watch.condemned[clip] for clip in ids]
+                outcomes = [verdict.outcome() for verdict in verdicts]
+                tries = [verdict.attempts for verdict in verdicts]
+            else:
+                watch.begin(ids)
+                outcomes = stage.process([rows[i] for i in batch.places], loaded)
             clock.lap("process")
-            at = pending[start : start + stage.batch_size]
-            keys = [(settled.key[i] or "", settled.attempts[i] + 1) for i in at]
+            at = [pending[i] for i in batch.places]
+            keys = [(settled.key[i] or "", settled.attempts[i] + n) for i, n in zip(at, tries)]
             new = list(_records(stage, ids, keys, outcomes))
             counts = _tally(new)
             on_rows(stage.name, counts)
@@ -102,10 +114,12 @@ def run_unit(
             size += sum(len(v) for r in new for v in r.values() if isinstance(v, bytes))
             if size >= COMMIT_BYTES:
                 view = _commit(view, stage, loaded, records, receipt.seconds)
+                watch.committed()
                 clock.lap("commit")
                 records, size = [], 0
         if records or not rows:
             _commit(view, stage, loaded, records, receipt.seconds)
+            watch.committed()
             clock.lap("commit")
     except StageError as error:
         receipt.error = str(error)  # a sentence for the user, with its remedy
