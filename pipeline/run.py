@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from manifests.intake import Scan, scan
 from manifests.log import Counts
 from manifests.schema import did_you_mean
-from pipeline import index, local
+from pipeline import index, local, stop
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan, plan, status
@@ -61,7 +61,8 @@ def run(
 ) -> Result:
     """Brings `names` (all stages for none) and what they need up to date.
 
-    Raises ConfigError, SourceError, StoreError or a runner's error.
+    Raises ConfigError, SourceError, StoreError, a runner's error, or Stopped where a signal ended
+    it.
     """
     done, stages, todo = prepare(pipeline, names, retry, report)
     if todo.empty:
@@ -75,16 +76,27 @@ def run(
         )
     report.start(todo.stages)
     try:
-        if pipeline.config.run.runner == "local":
-            faults = local.run(pipeline, stages, todo, retry, report)
-        else:
-            from pipeline import ray_data  # takes seconds to import
-
-            faults = ray_data.run(pipeline, stages, todo, retry, report, explain)
+        with stop.orderly():
+            faults = _run(pipeline, stages, todo, retry, report, explain)
     finally:
         report.end()
     index.refresh(pipeline)
     return Result(done, stages, True, status(pipeline), faults)
+
+
+def _run(
+    pipeline: Pipeline,
+    stages: Sequence[str],
+    todo: Plan,
+    retry: Retry,
+    report: Reporter,
+    explain: bool,
+) -> list[Receipt]:
+    if pipeline.config.run.runner == "local":
+        return local.run(pipeline, stages, todo, retry, report)
+    from pipeline import ray_data  # takes seconds to import
+
+    return ray_data.run(pipeline, stages, todo, retry, report, explain)
 
 
 def _check_retry(todo: Plan, retry: Retry, report: Reporter) -> None:
