@@ -125,6 +125,9 @@ class Store:
         with self._told("read", name, missing=True):
             return cast(bytes, self.fs.cat_file(self.path(name)))
 
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
     def find(self, prefix: str) -> list[str]:
         """The names of all objects under `prefix`, sorted; empty where there are none."""
         if self.local:
