@@ -51,7 +51,7 @@ from manifests.sources import SourceSettings, extras_schema, read_tables, signat
 from manifests.store import Store, StoreError
 from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer, tally
 
-MIN_UNIT, MAX_UNIT = 4, 4096
+MIN_UNIT, MAX_UNIT = 4, 8192
 SCANS = "source/scans"
 _ROWS = 1 << 16  # rows that are judged and spilled at once
 
