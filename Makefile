@@ -38,7 +38,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# Damaged videos through probe and decoding; another SEED makes other ones.
+# Damaged videos through probe, score and decoding; another SEED makes other ones.
 fuzz: install
 	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0)
 

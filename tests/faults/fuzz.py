@@ -1,4 +1,4 @@
-"""Damaged videos through probe and encode's decoding, each accounted for: `make fuzz FILES=2000`.
+"""Damaged videos through probe, score and encode's decoding, each accounted for: `make fuzz`.
 
 A child process does the work, as a run's worker does, so that a crash within FFmpeg costs one file
 and is counted, not hidden.
@@ -21,6 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow as pa
 from mutations import mutated
 
 VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
@@ -78,21 +79,24 @@ def settle(path: Path, start: float | None, end: float | None) -> tuple[str, str
     from stages.base import Context, Failed, Rejected, Sampling
     from stages.encode import Encode, EncodeSettings
     from stages.probe import Probe, ProbeSettings
+    from stages.score import Score, ScoreSettings
 
     context = Context(str(path.parent), sampling=Sampling(frames=32, size=64))
     limit = {"decode_seconds": DECODE_SECONDS}
     probe = Probe(ProbeSettings(**limit), context)
+    score = Score(ScoreSettings(frames=3, side=64, **limit), context)
     encode = Encode(EncodeSettings(**limit), context)
     row = {"path": str(path), "start": start, "end": end}
-    for outcomes in (lambda: probe.process([row], None), lambda: encode.process([row], Trivial())):
-        (outcome,) = outcomes()
+    for stage, model in ((probe, None), (score, None), (encode, Trivial())):
+        (outcome,) = stage.process([row], model)
         match outcome:
             case Failed(error, _):
                 return "failed", error
             case Rejected(reason, _):
                 return "rejected", reason
             case _:
-                assert set(outcome) >= {"num_frames"} or len(outcome["frame_times"]) == 32
+                assert set(stage.adds.names) <= set(outcome), f"{stage.name} left columns out"
+                pa.Table.from_pylist([outcome], stage.adds)  # as the commit will
     return "kept", ""
 
 
