@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from manifests.intake import Scan, scan
 from manifests.log import Counts
 from manifests.schema import did_you_mean
-from pipeline import index, local
+from pipeline import index, local, stop
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan, plan, status
@@ -18,6 +19,7 @@ from pipeline.resources import check_workdir, free_space
 from pipeline.unit import EVERY_CLASS, Receipt, Retry
 
 LOW_SPACE = 2 << 30
+READING_SECONDS = 10.0
 
 
 @dataclass
@@ -42,7 +44,9 @@ def prepare(
     check_workdir(pipeline.config.workdir)
     if not pipeline.store.local:
         pipeline.store.prove()
-    done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size)
+    done = scan(
+        pipeline.store, pipeline.config.source, pipeline.config.run.unit_size, _reading(report)
+    )
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""
         changed = f", {done.changed} changed" if done.changed else ""
@@ -56,12 +60,26 @@ def prepare(
     return done, stages, todo
 
 
+def _reading(report: Reporter) -> Callable[[int], None]:
+    """Tells of a table that takes long to read."""
+    last = time.monotonic()
+
+    def progress(rows: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= READING_SECONDS:
+            last = time.monotonic()
+            report.note(f"source: {rows} rows read")
+
+    return progress
+
+
 def run(
     pipeline: Pipeline, names: Sequence[str], retry: Retry, report: Reporter, explain: bool = False
 ) -> Result:
     """Brings `names` (all stages for none) and what they need up to date.
 
-    Raises ConfigError, SourceError, StoreError or a runner's error.
+    Raises ConfigError, SourceError, StoreError, a runner's error, or Stopped where a signal ended
+    it.
     """
     done, stages, todo = prepare(pipeline, names, retry, report)
     if todo.empty:
@@ -75,16 +93,29 @@ def run(
         )
     report.start(todo.stages)
     try:
-        if pipeline.config.run.runner == "local":
-            faults = local.run(pipeline, stages, todo, retry, report)
-        else:
-            from pipeline import ray_data  # takes seconds to import
-
-            faults = ray_data.run(pipeline, stages, todo, retry, report, explain)
+        with stop.orderly():
+            faults = _run(pipeline, stages, todo, retry, report, explain)
     finally:
         report.end()
+    for name in pipeline.dag.layers:
+        pipeline.dag.log(pipeline.store, name).compact()
     index.refresh(pipeline)
     return Result(done, stages, True, status(pipeline), faults)
+
+
+def _run(
+    pipeline: Pipeline,
+    stages: Sequence[str],
+    todo: Plan,
+    retry: Retry,
+    report: Reporter,
+    explain: bool,
+) -> list[Receipt]:
+    if pipeline.config.run.runner == "local":
+        return local.run(pipeline, stages, todo, retry, report)
+    from pipeline import ray_data  # takes seconds to import
+
+    return ray_data.run(pipeline, stages, todo, retry, report, explain)
 
 
 def _check_retry(todo: Plan, retry: Retry, report: Reporter) -> None:
