@@ -41,6 +41,7 @@ test: install
 # Damaged videos through probe, score and decoding; another SEED makes other ones.
 fuzz: install
 	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0)
+	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0) --run
 
 check: install
 	$(BIN)/ruff check .
