@@ -38,17 +38,17 @@ class Counts:
     failed: dict[str, int] = field(default_factory=dict)
     pending: int = 0
 
-    def add(self, outcome: str | None, reason: str | None) -> None:
-        """Counts one row; `outcome` None is a pending one."""
-        self.total += 1
+    def add(self, outcome: str | None, reason: str | None, rows: int = 1) -> None:
+        """Counts `rows`; `outcome` None is pending."""
+        self.total += rows
         if outcome == KEPT:
-            self.kept += 1
+            self.kept += rows
         elif outcome == REJECTED:
-            self.rejected[reason or ""] = self.rejected.get(reason or "", 0) + 1
+            self.rejected[reason or ""] = self.rejected.get(reason or "", 0) + rows
         elif outcome == FAILED:
-            self.failed[reason or ""] = self.failed.get(reason or "", 0) + 1
+            self.failed[reason or ""] = self.failed.get(reason or "", 0) + rows
         else:
-            self.pending += 1
+            self.pending += rows
 
     def __iadd__(self, other: Counts) -> Counts:
         self.total += other.total
@@ -228,6 +228,8 @@ class Log:
             dict(seconds), time.time(), list(voids),
         )  # fmt: skip
         if self.store.create(f"{self.prefix}/{unit}/{seq:06d}.json", commit.to_json()):
+            if table is not None:
+                self.store.remember(f"{self.prefix}/{unit}/{data}", table)
             return commit
         if data is not None:
             self.store.delete(f"{self.prefix}/{unit}/{data}")

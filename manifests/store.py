@@ -205,6 +205,11 @@ class Store:
             )
         return hashed.sha256.hexdigest(), hashed.length
 
+    def remember(self, name: str, table: pa.Table) -> None:
+        """Spares `read_parquet` the file that was just written, for all columns but payload."""
+        light = [f.name for f in table.schema if not pa.types.is_binary(f.type)]
+        self._tables.put(name, light, table.select(light).replace_schema_metadata(None))
+
     def read_parquet(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Raises StoreError, naming the file, where it is missing or damaged."""
         known = self._tables.get(name, columns)

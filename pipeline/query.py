@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from manifests.faults import unusable
 from manifests.schema import did_you_mean
-from manifests.view import SOURCE_LAYER, UnitView, terminal
+from manifests.view import SOURCE_LAYER, UnitView, ends
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import views
@@ -36,17 +36,11 @@ def _joined(
 ) -> pa.Table:
     for name in every:
         view.settled(name)
-    ends = list(terminal(view, names))
+    ended = ends(view, names)
     table = view.table
     table = table.select([n for n in table.column_names if not n.startswith("_")])
-    ended, outcome, reason, message = (list(column) for column in zip(*ends)) if ends else [[]] * 4
-    for name, values in (
-        ("outcome", outcome),
-        ("reason", reason),
-        ("message", message),
-        ("stage", ended),
-    ):
-        table = table.append_column(name, pa.array(values, pa.string()))
+    for name in ended.column_names:
+        table = table.append_column(name, ended.column(name))
     schema = _schema(columns)
     present = [f if f.name in table.column_names else None for f in schema]
     filled = {

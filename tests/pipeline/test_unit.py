@@ -169,7 +169,7 @@ def test_failed_rows_are_tried_again_on_request(tmp_path: Path) -> None:
     assert heard.settled == {"length": 1}
     view = next(v for v in planning.views(made) if "bad" in v.table.column("caption").to_pylist())
     settled = view.settled("length")
-    assert settled.attempts[settled.outcome.index("failed")] == 3
+    assert settled.attempts[settled.outcome.index("failed").as_py()].as_py() == 3
 
 
 def test_an_exception_settles_nothing_and_is_told(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_stage_that_breaks_its_contract_is_told_apart(
 def test_large_units_are_committed_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unit, "COMMIT_BYTES", 100)
+    monkeypatch.setattr(unit, "COMMIT_BYTES", 400)
     made = pipeline(tmp_path, ["word"] * 9, [Length], {"length": {"batch_size": 2}})
     made.config.run.model_copy()
     scan(made.store, made.config.source, 9)
