@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from manifests.faults import StoreError, StoreUnusable, halts
 from manifests.log import Counts
+from manifests.redact import redact, redact_logs, redacted, sentence, sentences
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Store
@@ -27,6 +28,7 @@ from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
+EVERY_CLASS = "all"
 
 AnyStage = Stage[Any, Any]
 OnRows = Callable[[str, Counts], None]
@@ -34,13 +36,23 @@ OnRows = Callable[[str, Counts], None]
 
 @dataclass(frozen=True)
 class Retry:
-    """Which failed rows are to be tried again: all, or those of some failure classes."""
+    """Which failed rows are to be tried again: those of some classes (`all`: of every one), or,
+    where none is named, those that their stage calls worth another try."""
 
     failed: bool = False
     classes: frozenset[str] = frozenset()
+    stage: AnyStage | None = None
+
+    def of(self, stage: AnyStage) -> Retry:
+        """The same, for rows of this stage."""
+        return replace(self, stage=stage)
 
     def wants(self, outcome: str | None, reason: str | None) -> bool:
-        return outcome == FAILED and self.failed and (not self.classes or reason in self.classes)
+        if outcome != FAILED or not self.failed:
+            return False
+        if self.classes:
+            return reason in self.classes or EVERY_CLASS in self.classes
+        return self.stage is not None and self.stage.worth_retry(reason or "")
 
 
 @dataclass
@@ -76,7 +88,9 @@ def run_unit(
     the share of a unit's clips that is wanted, as (number, of how many): workers may settle one
     unit side by side.
     """
+    redact_logs()
     receipt = Receipt(stage.name, unit)
+    retry = retry.of(stage)
     clock = _Clock(receipt.seconds)
     try:
         view = UnitView(store, dag, unit)
@@ -107,13 +121,13 @@ def run_unit(
             _commit(view, stage, loaded, done, receipt.seconds)
             clock.lap("commit")
     except (StageError, StoreError) as error:
-        receipt.error = str(error)  # a sentence for the user, with its remedy
+        receipt.error = redact(str(error))  # a sentence for the user, with its remedy
         receipt.halts = isinstance(error, StoreUnusable)
     except Exception as error:  # noqa: BLE001  the boundary between a stage and the run
         full = halts(error, store.url) if isinstance(error, OSError) else None
         receipt.halts = full is not None
-        receipt.error = str(full or f"{type(error).__name__}: {error}").splitlines()[0]
-        receipt.trace = None if full else traceback.format_exc()
+        receipt.error = redact(str(full or f"{type(error).__name__}: {error}").splitlines()[0])
+        receipt.trace = None if full else redact(traceback.format_exc())
     return receipt
 
 
@@ -159,6 +173,7 @@ def settle(
         if isinstance(outcomes, pa.Table):
             given = {"clip_id": ids, "row_key": keys, "attempts": attempts, "outcome": KEPT}
             given |= {name: outcomes.column(name) for name in outcomes.column_names}
+            given |= {n: sentences(given[n]) for n in ("reason", "message") if n in given}
             return _whole(stage, given, len(ids), schema)
         known = zip(keys.to_pylist(), attempts.to_pylist())
         records = list(_records(stage, ids.to_pylist(), list(known), outcomes))
@@ -200,9 +215,9 @@ def _records(
             case Rejected("" | None) | Failed("" | None):
                 raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")
             case Rejected(reason, message):
-                yield {**base, "outcome": REJECTED, "reason": reason, "message": message}
+                yield {**base, "outcome": REJECTED, **_said(reason, message)}
             case Failed(error, message):
-                yield {**base, "outcome": FAILED, "reason": error, "message": message}
+                yield {**base, "outcome": FAILED, **_said(error, message)}
             case dict():
                 yield {**base, "outcome": KEPT, **_added(stage, outcome)}
             case list() if stage.splits and outcome:
@@ -215,6 +230,11 @@ def _records(
                     "a row, Rejected or Failed is expected"
                     + (", or a list of rows that is not empty" if stage.splits else "")
                 )
+
+
+def _said(reason: str, message: str) -> Row:
+    """A stage's words as they are committed: whatever library they come from, without secrets."""
+    return {"reason": sentence(reason), "message": sentence(message)}
 
 
 def _added(stage: AnyStage, row: Row) -> Row:
@@ -246,7 +266,7 @@ def _commit(
     schema = pa.schema([*OUTCOME, *stage.adds])
     new = pa.concat_tables(done) if done else schema.empty_table()
     while True:
-        facts = {"stage": stage.identity(), **stage.metadata(model)} if len(new) else {}
+        facts = redacted({"stage": stage.identity(), **stage.metadata(model)}) if len(new) else {}
         log = view.dag.log(view.store, name)
         if log.append(
             view.unit,
