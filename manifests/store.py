@@ -126,6 +126,20 @@ class Store:
         with self._told("read", name, missing=True):
             return cast(bytes, self.fs.cat_file(self.path(name)))
 
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Any]:
+        """A file to read in parts. Raises FileNotFoundError."""
+        with self._told("read", name, missing=True), self.fs.open(self.path(name), "rb") as file:
+            yield file
+
+    def move(self, name: str, other: str) -> None:
+        """Gives the object another name. Raises FileNotFoundError."""
+        with self._told("rename", name, missing=True):
+            if self.local:
+                Path(self.path(name)).rename(self.path(other))
+            else:
+                self.fs.mv(self.path(name), self.path(other))
+
     def find(self, prefix: str) -> list[str]:
         """The names of all objects under `prefix`, sorted; empty where there are none."""
         if self.local:
@@ -263,7 +277,7 @@ class Store:
 def _unit_of(line: bytes) -> str:
     """The unit of a snapshot's line: it ends with it, as keys are sorted. Parsing the rest waits
     until it is asked for."""
-    return line[:-2].rpartition(b'"unit": "')[2].decode()
+    return line[:-2].rpartition(b'"unit": "')[2].decode(errors="replace")
 
 
 class _Recent:

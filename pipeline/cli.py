@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli_options import F, load, with_config
-from pipeline.cli_upkeep import gc
+from pipeline.cli_upkeep import gc, verify
 
 if TYPE_CHECKING:
     from pipeline.dag import Pipeline
@@ -89,6 +89,7 @@ def cli() -> None:
 
 
 cli.add_command(gc)
+cli.add_command(verify)
 
 
 @cli.command()

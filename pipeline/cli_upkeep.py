@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import click
 
 from pipeline.cli_options import duration, load, with_config
+
+PROGRESS_SECONDS = 5.0
 
 
 @click.command()
@@ -69,3 +72,59 @@ def gc(
             "(--delete --fingerprints removes them)",
             err=True,
         )
+
+
+@click.command()
+@click.argument("stages", nargs=-1, metavar="[STAGE]...")
+@with_config
+@click.option("--quick", is_flag=True, help="Only whether files are there, and how long they are.")
+@click.option(
+    "--repair", is_flag=True, help="Have the next run make anew what hangs on damaged files."
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def verify(
+    stages: tuple[str, ...],
+    file: str,
+    overrides: tuple[str, ...],
+    quick: bool,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Read again what the commits of STAGEs (default: all) name: is it there, byte for byte?
+
+    Names damaged files on stdout and exits with 1. Sound files are never touched.
+    """
+    from manifests.faults import size
+    from pipeline.output import text_table
+    from pipeline.repair import repair as mend
+    from pipeline.verify import Seen
+    from pipeline.verify import verify as examine
+
+    last = [time.monotonic()]
+    total = Seen()
+
+    def progress(stage: str, seen: Seen) -> None:
+        total.files, total.bytes = seen.files, seen.bytes
+        if time.monotonic() - last[0] > PROGRESS_SECONDS:
+            last[0] = time.monotonic()
+            click.echo(f"{stage}: {seen.files} files, {size(seen.bytes)} read", err=True)
+
+    pipeline = load(file, overrides)
+    damages = list(examine(pipeline, stages, quick, progress))
+    if as_json:
+        click.echo(json.dumps([damage.to_json() for damage in damages], indent=1))
+    elif damages:
+        rows = [[d.stage, d.unit, d.kind, d.file, d.finding] for d in damages]
+        click.echo(text_table(["stage", "unit", "what", "file", "finding"], rows), nl=False)
+    looked = f"{total.files} files, {size(total.bytes)} read"
+    if not damages:
+        click.echo(f"{looked}: all as they were committed", err=True)
+        return
+    if repair:
+        mend(pipeline, damages)
+        click.echo(f"{looked}. `vidpipe run` makes anew what hung on {len(damages)}.", err=True)
+        return
+    click.echo(
+        f"{looked}, {len(damages)} damaged: `vidpipe verify --repair`, then `vidpipe run`", err=True
+    )
+    raise click.exceptions.Exit(1)

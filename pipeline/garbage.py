@@ -23,6 +23,7 @@ from manifests.log import SNAPSHOTS, Log, standing
 from manifests.schema import KEPT
 from manifests.store import Listed, Store
 from pipeline.dag import Pipeline
+from pipeline.verify import snapshot_lines
 
 DATA = "data that no commit names"
 PARTS = "unfinished files"
@@ -42,6 +43,7 @@ _SNAPSHOT = re.compile(rf".*/{SNAPSHOTS}/\d{{6,}}\.jsonl")
 _PART = re.compile(rf"(.*/)?\.?[^/]+\.{_HEX}{{32}}\.part")
 _ASIDE = re.compile(r".*\.damaged")
 _PROBE = re.compile(rf"\.probe/{_HEX}{{32}}")
+_MEDIUM_ASIDE = re.compile(rf"media/{_HEX}{{2}}/{_HEX}{{64}}.*\.damaged")
 _MEDIUM = re.compile(rf"media/{_HEX}{{2}}/({_HEX}{{64}})(?:\.[a-z0-9]{{1,8}})?")
 _MEDIA_PART = re.compile(rf"media/\.part/{_HEX}{{64}}(?:\.tag|\.lock|\.record)?")
 _ADDRESS = re.compile(rf"media/\.uri/{_HEX}{{2}}/{_HEX}{{64}}\.json")
@@ -133,8 +135,8 @@ def _of_log(log: Log, before: float) -> Iterator[Found]:
     aged = [name for name in snapshots if name in old]
     if aged:
         # Who listed the workdir before a young snapshot was made may still read what it holds.
-        for unit, line in log.store.snapshot(aged[-1]).items():
-            covered[unit] = len(json.loads(line)["commits"])
+        lines, _ = snapshot_lines(log.store, aged[-1])
+        covered = {unit: len(commits) for unit, commits in lines.items()}
     kinds = {kind: Found(kind) for kind in (DATA, PARTS, COMMITS, OLD_SNAPSHOTS, ASIDE)}
     for name, info in old.items():
         commit = _COMMIT.fullmatch(name)
@@ -192,7 +194,7 @@ def _apart(store: Store, before: float) -> Iterator[Found]:
 def _media(store: Store, before: float) -> Iterator[Found]:
     """Downloaded files that no kept row of any download refers to, and the notes of where they
     came from."""
-    media, parts = Found(MEDIA), Found(PARTS)
+    media, parts, aside = Found(MEDIA), Found(PARTS), Found(ASIDE)
     listed = store.listing("media")
     old: Mapping[str, Listed] = {n: i for n, i in listed.items() if i.modified < before}
     referred = _referred(store) if old else np.array([], np.uint64)
@@ -200,14 +202,15 @@ def _media(store: Store, before: float) -> Iterator[Found]:
         medium = _MEDIUM.fullmatch(name)
         if _MEDIA_PART.fullmatch(name):
             parts.add(name, info.size)
+        elif _MEDIUM_ASIDE.fullmatch(name):
+            aside.add(name, info.size)
         elif medium and not _is_in(referred, medium[1]):
             media.add(name, info.size)
         elif _ADDRESS.fullmatch(name):
             content = _content_of(store, name)
             if content is not None and not _is_in(referred, content):
                 media.add(name, info.size)
-    yield media
-    yield parts
+    yield from (media, parts, aside)
 
 
 def _referred(store: Store) -> np.ndarray[Any, np.dtype[np.uint64]]:
