@@ -140,6 +140,10 @@ class Store:
             else:
                 self.fs.mv(self.path(name), self.path(other))
 
+    def exists(self, name: str) -> bool:
+        with self._told("find", name):
+            return bool(self.fs.exists(self.path(name)))
+
     def find(self, prefix: str) -> list[str]:
         """The names of all objects under `prefix`, sorted; empty where there are none."""
         if self.local:

@@ -28,7 +28,7 @@ from manifests.joins import (
 )
 from manifests.log import Commit, Counts, History, Log, standing
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED, digest, row_keys
-from manifests.store import Store
+from manifests.store import Store, StoreError
 
 SOURCE_LAYER = "source"
 SOURCE_FINGERPRINT = "pool"  # one pool of units, whatever table the rows came from
@@ -116,8 +116,23 @@ class UnitView:
         """All commits of the stage in this unit, in order; `standing` picks those that count."""
         if name not in self._commits:
             history = None if self._listed is None else self._listed.get(name, History())
-            self._commits[name] = self.dag.log(self.store, name).commits(self.unit, history)
+            commits = self.dag.log(self.store, name).commits(self.unit, history)
+            if history is not None:
+                self._check_files(name, commits, history)
+            self._commits[name] = commits
         return self._commits[name]
+
+    def _check_files(self, name: str, commits: Sequence[Commit], history: History) -> None:
+        """Raises StoreError where a data file that counts is no more."""
+        there = set(history.files)
+        for commit in standing(commits):
+            if commit.data not in there:
+                file = self.dag.log(self.store, name).data_name(self.unit, commit)
+                if not self.store.exists(file):  # it may have come while the listing was made
+                    raise StoreError(
+                        f"{self.store.path(file)}, which a commit names, is missing: `vidpipe "
+                        "verify --repair` marks its rows pending, and the next run makes them anew"
+                    )
 
     def inputs_state(self, name: str) -> str:
         """Names the state of everything upstream: equal as long as no row of it can differ."""

@@ -1,10 +1,13 @@
 """The command line. Commands are thin shells over library calls; imports stay lazy, because
 `vidpipe --help` must not pay for torch.
 
-Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or configuration.
+Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or configuration,
+130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
+
+import pipeline.early  # isort: skip  # noqa: F401  signals, before what takes time
 
 import io
 import logging
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline import stop
 from pipeline.cli_options import F, load, with_config
 from pipeline.cli_upkeep import gc, verify
 
@@ -28,6 +32,7 @@ def main() -> None:
     from manifests.redact import redact_logs, shown
 
     redact_logs()
+    stop.listen()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -38,8 +43,8 @@ def main() -> None:
         click.echo(shown(said.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; what is committed stays, `vidpipe run` goes on from there", err=True)
-        code = 130
+        click.echo(stop.sentence(), err=True)
+        code = stop.code()
     except Exception as error:  # noqa: BLE001  the last one to see it
         known = _known(error)
         text = traceback.format_exc() if known is None else f"vidpipe: {error}"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from manifests.faults import halts
 from manifests.intake import Scan, scan
 from manifests.log import Counts
 from manifests.schema import did_you_mean
-from pipeline import index, local
+from pipeline import index, local, stop
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan, plan, status
@@ -20,6 +21,7 @@ from pipeline.resources import check_workdir, free_space
 from pipeline.unit import EVERY_CLASS, Receipt, Retry
 
 LOW_SPACE = 2 << 30
+READING_SECONDS = 10.0
 
 
 @dataclass
@@ -45,7 +47,9 @@ def prepare(
     if not pipeline.store.local:
         pipeline.store.prove()
     try:
-        done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size)
+        done = scan(
+            pipeline.store, pipeline.config.source, pipeline.config.run.unit_size, _reading(report)
+        )
     except OSError as error:  # the table is spilled to a temporary folder
         full = halts(error, tempfile.gettempdir())
         if full is None:
@@ -64,12 +68,26 @@ def prepare(
     return done, stages, todo
 
 
+def _reading(report: Reporter) -> Callable[[int], None]:
+    """Tells of a table that takes long to read."""
+    last = time.monotonic()
+
+    def progress(rows: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= READING_SECONDS:
+            last = time.monotonic()
+            report.note(f"source: {rows} rows read")
+
+    return progress
+
+
 def run(
     pipeline: Pipeline, names: Sequence[str], retry: Retry, report: Reporter, explain: bool = False
 ) -> Result:
     """Brings `names` (all stages for none) and what they need up to date.
 
-    Raises ConfigError, SourceError, StoreError or a runner's error.
+    Raises ConfigError, SourceError, StoreError, a runner's error, or Stopped where a signal ended
+    it.
     """
     done, stages, todo = prepare(pipeline, names, retry, report)
     if todo.empty:
@@ -83,16 +101,29 @@ def run(
         )
     report.start(todo.stages)
     try:
-        if pipeline.config.run.runner == "local":
-            faults = local.run(pipeline, stages, todo, retry, report)
-        else:
-            from pipeline import ray_data  # takes seconds to import
-
-            faults = ray_data.run(pipeline, stages, todo, retry, report, explain)
+        with stop.orderly():
+            faults = _run(pipeline, stages, todo, retry, report, explain)
     finally:
         report.end()
+    for name in pipeline.dag.layers:
+        pipeline.dag.log(pipeline.store, name).compact()
     index.refresh(pipeline)
     return Result(done, stages, True, status(pipeline), faults)
+
+
+def _run(
+    pipeline: Pipeline,
+    stages: Sequence[str],
+    todo: Plan,
+    retry: Retry,
+    report: Reporter,
+    explain: bool,
+) -> list[Receipt]:
+    if pipeline.config.run.runner == "local":
+        return local.run(pipeline, stages, todo, retry, report)
+    from pipeline import ray_data  # takes seconds to import
+
+    return ray_data.run(pipeline, stages, todo, retry, report, explain)
 
 
 def _check_retry(todo: Plan, retry: Retry, report: Reporter) -> None:

@@ -152,6 +152,6 @@ def pipeline(
     made = {
         cls.name: cls(cls.Settings(**(settings or {}).get(cls.name, {})), context) for cls in stages
     }
-    run_settings = RunSettings(**{"runner": "local", **(run or {})})
+    run_settings = RunSettings(**{"runner": "local", "isolate": False, **(run or {})})
     file = str(folder / "vidpipe.yaml")
     return build(Config(file, context.workdir, source, context.sampling, run_settings, {}, made))
