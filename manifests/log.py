@@ -95,6 +95,12 @@ class Commit:
         return cls(**{**values, "counts": Counts(**values["counts"])})
 
 
+def line_of(unit: str, commits: Sequence[Commit]) -> str:
+    """A unit's line of a snapshot."""
+    values = {"unit": unit, "commits": [commit.values() for commit in commits]}
+    return json.dumps(values, sort_keys=True)
+
+
 def standing(commits: Sequence[Commit]) -> list[Commit]:
     """The commits whose rows count: those with data that no later commit made void."""
     void = {attempt for commit in commits for attempt in commit.voids}
@@ -167,8 +173,7 @@ class Log:
             covered = 0 if history.old is None else len(self._parse(unit, history.old))
             total += len(commits)
             loose += len(commits) - covered
-            values = {"unit": unit, "commits": [commit.values() for commit in commits]}
-            lines.append(json.dumps(values, sort_keys=True))
+            lines.append(line_of(unit, commits))
         if loose < max(_LOOSE_COMMITS, total // 4):
             return 0
         self.store.create(self.next_snapshot(), "\n".join(lines).encode())
