@@ -15,11 +15,19 @@ from typing import Any
 
 import pyarrow as pa
 
+from manifests import watch
 from manifests.credentials import Credentials
 from manifests.log import Commit, Counts, Log, standing
 from manifests.redact import clean, split_secret
 from manifests.schema import ABSENT, KEPT, OUTCOME, REJECTED, SOURCE, clip_id, digest, row_key
-from manifests.sources import SourceRow, SourceSettings, extras_schema, read, signature
+from manifests.sources import (
+    SourceRow,
+    SourceSettings,
+    extras_schema,
+    read,
+    resolve_root,
+    signature,
+)
 from manifests.store import Store, StoreError
 from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer
 
@@ -47,6 +55,7 @@ class _Known:
     unit: str
     key: str
     absent: bool = field(default=False)
+    version: str | None = None
 
 
 def source_layer(extras: pa.Schema | None = None) -> Layer:
@@ -100,8 +109,10 @@ def scan(
     settings: SourceSettings,
     size: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
+    anew: bool = False,
 ) -> Scan:
-    """Brings the pool up to the source; does nothing where the source has not changed since.
+    """Brings the pool up to the source; does nothing where neither it nor a file that it names has
+    changed since, but for `anew`.
 
     `size` fixes the rows of a new unit. Raises SourceError for a source that can't be read: then
     the pool is as it was, but for rows that were new and are in the table all the same.
@@ -109,13 +120,17 @@ def scan(
     now = source_signature(settings)
     while True:
         before = scans(store)
-        lost = before and before[-1].secrets and not Credentials(store.url)
-        if before and before[-1].signature == now and not lost:
+        if before and before[-1].signature == now and not anew and not _stale(store, before[-1]):
             return Scan(now, before[-1].rows, 0, 0, 0, secrets=before[-1].secrets)
         done = _scan(store, settings, now, {u for s in before for u in s.units}, size, progress)
         record = json.dumps(asdict(done)).encode()
         if store.create(f"{SCANS}/{len(before):06d}.json", record):
             return done
+
+
+def _stale(store: Store, last: Scan) -> bool:
+    """Whether an unchanged table has to be read all the same."""
+    return watch.replaced(store) or (last.secrets > 0 and not Credentials(store.url))
 
 
 def _scan(
@@ -136,9 +151,10 @@ def _scan(
     fresh: list[dict[str, Any]] = []
     rows = changed = 0
     whole: dict[str, str] = {}
+    files: dict[str, str | None] = {}
     source = read(settings)
-    if settings.kind != "folder":  # whose URIs are names of files
-        source = _public(source, whole)
+    if settings.kind != "folder":  # whose URIs are names of files, and whose rows have a version
+        source = _watched(_public(source, whole), settings, known, files)
     for row in _rows(source, seen):
         rows += 1
         progress(rows)
@@ -166,7 +182,33 @@ def _scan(
             )
     for unit, batch in changes.items():
         _commit(log, unit, batch, schema)
+    watch.remember(store, files.items() if len(files) <= settings.watch else None)
     return Scan(now, rows, len(fresh), changed, gone, made, len(whole))
+
+
+def _watched(
+    source: Iterable[SourceRow],
+    settings: SourceSettings,
+    known: dict[str, _Known],
+    files: dict[str, str | None],
+) -> Iterator[SourceRow]:
+    """The rows with the versions of the local files that they name, which `files` gets as well."""
+    root = resolve_root(settings)
+    rows = iter(source)
+    while batch := list(islice(rows, 4096)):
+        paths = [watch.local_file(row.uri, root) if row.uri else None for row in batch]
+        wanted = [path for path in dict.fromkeys(paths) if path is not None]
+        found = dict(zip(wanted, watch.versions(wanted)))
+        for row, path in zip(batch, paths):
+            if path is None:
+                yield row
+                continue
+            version = found[path]
+            if version is None and (old := known.get(clip_id(row.uri or "", row.start, row.end))):
+                version = old.version  # what was made of it stays, though it is gone
+            if len(files) <= settings.watch:
+                files[path] = version
+            yield row._replace(version=version)
 
 
 def _public(source: Iterable[SourceRow], whole: dict[str, str]) -> Iterator[SourceRow]:
@@ -245,11 +287,10 @@ def _pool(log: Log, units: set[str]) -> dict[str, _Known]:
     known: dict[str, _Known] = {}
     for unit in units:
         for commit in standing(log.commits(unit)):
-            table = log.store.read_parquet(
-                log.data_name(unit, commit), ["clip_id", "row_key", "outcome"]
-            )
-            for clip, key, outcome in zip(*(column.to_pylist() for column in table.columns)):
-                known[clip] = _Known(unit, key, outcome == ABSENT)
+            names = ["clip_id", "row_key", "outcome", "version"]
+            table = log.store.read_parquet(log.data_name(unit, commit), names)
+            for clip, key, outcome, version in zip(*(table.column(n).to_pylist() for n in names)):
+                known[clip] = _Known(unit, key, outcome == ABSENT, version)
     return known
 
 

@@ -17,6 +17,8 @@ from pipeline.resources import check_workdir, free_space
 from pipeline.unit import Receipt, Retry
 
 LOW_SPACE = 2 << 30
+# Of files that are not those that were hashed: to try these again, the source is looked at anew.
+CHANGED = "source_changed"
 
 
 @dataclass
@@ -39,7 +41,8 @@ def prepare(
     """
     stages = pipeline.upstream(names)
     check_workdir(pipeline.config.workdir)
-    done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size)
+    anew = retry.failed and CHANGED in _classes(pipeline, stages, retry)
+    done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size, anew=anew)
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""
         changed = f", {done.changed} changed" if done.changed else ""
@@ -82,13 +85,21 @@ def run(
     return Result(done, stages, True, status(pipeline), faults)
 
 
+def _classes(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> set[str]:
+    """The failure classes that are to be tried again."""
+    if retry.classes:
+        return set(retry.classes)
+    totals = status(pipeline)
+    return {reason for name in stages for reason in totals[name].failed}
+
+
 def _checked(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> Retry:
     """Raises ConfigError for a failure class that no row has: a typo would retry nothing."""
     if not retry.classes:
         return retry
     totals = status(pipeline)
     known = {reason for name in stages for reason in totals[name].failed}
-    for name in sorted(retry.classes - known):
+    for name in sorted(retry.classes - known - {CHANGED}):
         there = ", ".join(sorted(known)) or "none"
         raise ConfigError(
             f"--retry-failed {name}: no failed row has that class.{did_you_mean(name, known)} "

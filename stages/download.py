@@ -27,6 +27,7 @@ from pydantic import Field
 
 from manifests.credentials import Credentials, CredentialsError
 from manifests.redact import redact, secrets_of, split_secret
+from manifests.watch import state_of
 from stages.base import (
     Context,
     Failed,
@@ -149,13 +150,15 @@ def use_local(path: str) -> Row:
         if info.st_size == 0:
             raise TransferError("empty_file", f"{path} has 0 bytes")
         content = _sha256(path, info.st_size, info.st_mtime_ns)
+        if state_of(Path(path).stat()) != state_of(info):
+            raise TransferError("source_changed", f"{path} was changed while it was being hashed")
     except PermissionError as error:
         raise TransferError("permission", f"{path} may not be read") from error
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise TransferError("missing_file", f"there is no file {path}") from error
     except OSError as error:
         raise TransferError("unreadable", f"{path} can't be read: {error.strerror}") from error
-    return {"path": path, "content": content, "bytes": info.st_size}
+    return {"path": path, "content": content, "bytes": info.st_size, "state": state_of(info)}
 
 
 @functools.lru_cache(maxsize=65536)
@@ -173,9 +176,12 @@ def suffix_of(place: Place) -> str:
 
 
 class Download(Stage[DownloadSettings, None]):
-    """`path`: absolute for local files, else relative to the workdir. `content`: sha256."""
+    """`path`: absolute for local files, else relative to the workdir. `content`: sha256. `state`
+    tells the file from a later one in its place: a local one by size and time, a remote one by a
+    hash of its ETag or time."""
 
     name = "download"
+    version = 2
     Settings = DownloadSettings
     reads = ("uri", "version")
     adds = pa.schema(
@@ -183,6 +189,7 @@ class Download(Stage[DownloadSettings, None]):
             pa.field("path", pa.string()),
             pa.field("content", pa.string()),
             pa.field("bytes", pa.int64()),
+            pa.field("state", pa.string()),
         ]
     )
     default_batch = 256
@@ -289,7 +296,13 @@ class Download(Stage[DownloadSettings, None]):
 
     def _bring(self, place: Place, address: str, open_at: Open) -> Row:
         stored = store(self._media(), address, suffix_of(place), open_at, self._limits)
-        return {"path": stored.path, "content": stored.content, "bytes": stored.bytes}
+        state = stored.tag or None
+        return {
+            "path": stored.path,
+            "content": stored.content,
+            "bytes": stored.bytes,
+            "state": state,
+        }
 
 
 # Kept here: fsspec itself would keep some of them one per thread.
@@ -320,7 +333,7 @@ def _open_zip(path: str, stack: ExitStack) -> tuple[zipfile.ZipFile, str]:
         if Place(path).scheme == "file":
             info = Path(path).stat()
             archive = stack.enter_context(zipfile.ZipFile(path))
-            return archive, f"|{info.st_size}|{info.st_mtime_ns}"
+            return archive, f"|{state_of(info)}"
         fs, inner = _filesystem(path)
         file = stack.enter_context(fs.open(inner, "rb"))
         if not file.seekable():

@@ -17,7 +17,8 @@ from pydantic import Field
 
 from stages.aesthetics import Aesthetics
 from stages.base import Context, Failed, Outcome, Row, Speed, Stage, StageError, StageSettings
-from stages.frames import Few, VideoError, local_path, sample_few
+from stages.files import CARRIED, clip_file
+from stages.frames import Few, VideoError, sample_few
 from stages.models import check, model_identity, resolve
 from stages.picture import Pixels
 
@@ -61,7 +62,7 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
     Settings = ScoreSettings
     reads = ("content", "start", "end")
     after = ("probe",)  # what probe can't open need not fail twice
-    carries = ("path",)
+    carries = CARRIED
     default_batch = 16
 
     def __init__(self, settings: ScoreSettings, context: Context) -> None:
@@ -126,8 +127,8 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
 
     def _few(self, row: Row) -> Few:
         s = self.settings
-        path = local_path(row["path"], self.context)
-        return sample_few(path, s.frames, s.side, row["start"], row["end"], s.gap)
+        with clip_file(row, self.context) as path:
+            return sample_few(path, s.frames, s.side, row["start"], row["end"], s.gap)
 
 
 def measured(few: Few) -> Row:

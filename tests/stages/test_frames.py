@@ -13,10 +13,10 @@ import pytest
 from numbered import ENCRYPTION, make, number, numbers
 
 from stages.base import Context, Sampling
+from stages.files import local_path
 from stages.frames import (
     TooShort,
     VideoError,
-    local_path,
     picks,
     read_clip,
     sample_few,
