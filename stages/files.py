@@ -51,7 +51,7 @@ def _check(row: Row, path: str) -> None:
     try:
         info = os.stat(path)  # noqa: PTH116  as many as there are rows: no object for each
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise VideoError("missing_file", f"{path} is not there any more") from error
+        raise VideoError("missing_file", "the file is not there") from error
     except OSError as error:
         raise VideoError("unreadable_file", f"{path} can't be read: {error.strerror}") from error
     # What was brought into the workdir is named by its hash; a copy of a workdir has other times.
