@@ -167,14 +167,19 @@ class Log:
             lines.append(json.dumps(values, sort_keys=True))
         if loose < max(_LOOSE_COMMITS, total // 4):
             return 0
-        number = len(self.snapshots())
-        name = f"{self.prefix}/{SNAPSHOTS}/{number:06d}.jsonl"
-        self.store.create(name, "\n".join(lines).encode())
+        self.store.create(self.next_snapshot(), "\n".join(lines).encode())
         return total
+
+    def next_snapshot(self) -> str:
+        """The name after the last one's; those before it may have been collected."""
+        names = self.snapshots()
+        number = int(names[-1][-12:-6]) + 1 if names else 0
+        return f"{self.prefix}/{SNAPSHOTS}/{number:06d}.jsonl"
 
     def snapshots(self) -> list[str]:
         """The names of all snapshots; the last one counts."""
-        return self.store.find(f"{self.prefix}/{SNAPSHOTS}")
+        found = self.store.find(f"{self.prefix}/{SNAPSHOTS}")
+        return [name for name in found if name.endswith(".jsonl")]
 
     def _snapshot(self) -> Mapping[str, bytes]:
         names = self.snapshots()

@@ -12,6 +12,7 @@ ever used together with the clip id that must stand there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from manifests.faults import StoreError, unusable
 
 # Columns that the encode stage adds.
 LATENTS = pa.schema(
@@ -124,7 +127,7 @@ def write_index(
 ) -> int:
     """Writes an index of `tables`, each with the columns of INDEX; returns its rows.
 
-    Written whole under another name first: an index is there or it is not.
+    Written whole under another name first: an index is there or it is not. Raises StoreUnusable.
     """
     fs, path = fsspec.core.url_to_fs(url)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
@@ -132,11 +135,21 @@ def write_index(
     schema = with_facts(INDEX.empty_table(), known).schema
     part = f"{path}.{uuid.uuid4().hex}.part"  # two runs may end at the same moment
     rows = 0
-    with fs.open(part, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for table in tables:
-            writer.write_table(table.cast(INDEX).replace_schema_metadata(schema.metadata))
-            rows += len(table)
-    fs.mv(part, path)
+    try:
+        with (
+            fs.open(part, "wb") as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
+            for table in tables:
+                writer.write_table(table.cast(INDEX).replace_schema_metadata(schema.metadata))
+                rows += len(table)
+        fs.mv(part, path)
+    except Exception as error:  # each driver has its own
+        with contextlib.suppress(Exception):
+            fs.rm_file(part)
+        if isinstance(error, StoreError):  # of what was to be written
+            raise
+        raise unusable(error, "write", url) from error
     return rows
 
 

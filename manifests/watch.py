@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
@@ -73,23 +73,51 @@ def local_file(uri: str, root: str) -> str | None:
     return os.path.join(root, uri)  # noqa: PTH118
 
 
-def remember(store: Store, seen: Iterable[tuple[str, str | None]] | None) -> None:
-    """Lists the files that a scan has seen, for `replaced`; None: too many to look at each time."""
-    if seen is None:
-        store.delete(FILES)
-        return
-    rows = list(seen)
-    table = pa.table([[p for p, _ in rows], [v for _, v in rows]], schema=_SCHEMA)
-    store.write_parquet(FILES, table)
+class Files:
+    """The local files that a scan meets. `most`: of how many the list is kept for `replaced`."""
+
+    def __init__(self, store: Store, root: str, most: int) -> None:
+        self._root, self._most = root, most
+        self._before = dict(_listed(store) or ())
+        self._seen: dict[str, str | None] = {}
+
+    def versions(self, uris: pa.Array) -> pa.Array:
+        """The version of each row's file; of one that has vanished, that of the last scan: what was
+        made of it stays. Null for what is not local."""
+        paths = [local_file(uri, self._root) if uri else None for uri in uris.to_pylist()]
+        there = [path for path in dict.fromkeys(paths) if path is not None]
+        found = dict(zip(there, versions(there)))
+        for path, version in found.items():
+            if version is None:
+                found[path] = self._before.get(path)
+        if len(self._seen) <= self._most:
+            self._seen |= found
+        return pa.array([found[p] if p is not None else None for p in paths], pa.string())
+
+    def save(self, store: Store) -> None:
+        """Lists them for `replaced`, unless they are too many to look at each time."""
+        if not 0 < len(self._seen) <= self._most:
+            store.delete(FILES)
+            return
+        columns = [list(self._seen), list(self._seen.values())]
+        store.write_parquet(FILES, pa.table(columns, schema=_SCHEMA))
+
+
+def _listed(store: Store) -> list[tuple[str, str | None]] | None:
+    """The files of the last scan; None where that list was cut off by a crash."""
+    if not store.find(FILES):
+        return []
+    try:
+        table = store.read_parquet(FILES)
+        return list(zip(*(table.column(name).to_pylist() for name in _SCHEMA.names)))
+    except (StoreError, KeyError):
+        return None
 
 
 def replaced(store: Store) -> bool:
     """Whether a file that the last scan listed is another one now, or there where none was."""
-    if not store.find(FILES):
-        return False
-    try:
-        table = store.read_parquet(FILES)
-        paths, before = (table.column(name).to_pylist() for name in _SCHEMA.names)
-    except (StoreError, KeyError):
-        return True  # cut off by a crash: the scan that follows writes it anew
-    return any(now != then for then, now in zip(before, versions(paths)) if now is not None)
+    listed = _listed(store)
+    if listed is None:
+        return True  # the scan that follows writes it anew
+    now = versions([path for path, _ in listed])
+    return any(v is not None and v != before for v, (_, before) in zip(now, listed))

@@ -1,10 +1,13 @@
 """The command line. Commands are thin shells over library calls; imports stay lazy, because
 `vidpipe --help` must not pay for torch.
 
-Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or configuration.
+Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or configuration,
+130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
+
+import pipeline.early  # isort: skip  # noqa: F401  signals, before what takes time
 
 import io
 import logging
@@ -17,8 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline import stop
+
 if TYPE_CHECKING:
-    from manifests.log import Counts
     from pipeline.dag import Pipeline
     from pipeline.unit import Retry
 
@@ -30,6 +34,7 @@ def main() -> None:
     from manifests.redact import redact_logs, shown
 
     redact_logs()
+    stop.listen()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -40,8 +45,8 @@ def main() -> None:
         click.echo(shown(said.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; what is committed stays, `vidpipe run` goes on from there", err=True)
-        code = 130
+        click.echo(stop.sentence(), err=True)
+        code = stop.code()
     except Exception as error:  # noqa: BLE001  the last one to see it
         known = _known(error)
         text = traceback.format_exc() if known is None else f"vidpipe: {error}"
@@ -149,7 +154,8 @@ def _run_options(command: F) -> F:
                 is_flag=False,
                 flag_value="*",
                 metavar="[CLASS]",
-                help="Try failed rows again: all, or those of one class.",
+                help="Try failed rows again: those that may pass as things are, those of CLASS "
+                "(several: A,B), or all.",
             ),
         )
     ):
@@ -202,6 +208,7 @@ def run(
 
     Only what is pending runs; a second run right after the first does nothing.
     """
+    from pipeline.account import summary
     from pipeline.report import console
     from pipeline.run import run as run_pipeline
 
@@ -210,7 +217,8 @@ def run(
     result = run_pipeline(pipeline, *_asked(pipeline, stages, retry_failed), report, explain)
     if not result.ran:
         report.note(f"nothing to do: {_up_to_date(result.stages)}")
-    _summary(result.status, result.stages, report.note)
+    for line in summary(pipeline, result.status, result.stages):
+        report.note(line)
     if result.faults:
         first = result.faults[0]
         report.note(
@@ -225,26 +233,11 @@ def _up_to_date(stages: list[str]) -> str:
     return f"{', '.join(stages)} {'is' if len(stages) == 1 else 'are'} up to date"
 
 
-def _summary(status: dict[str, Counts], stages: list[str], note: Callable[[str], None]) -> None:
-    """The account of what was asked for; failures are named, they are data."""
-    from pipeline.report import describe
-
-    for name in ["source", *stages]:
-        counts = status[name]
-        pending = f", {counts.pending} pending" if counts.pending else ""
-        note(f"  {name:<10} {counts.total:>8} in: {describe(counts)}{pending}")
-    failed = [f"{n} {name}.{why}" for name in stages for why, n in status[name].failed.items()]
-    if failed:
-        note(f"failed rows: {', '.join(failed)}")
-        last = next(name for name in reversed(stages) if status[name].failed)
-        note(f"see them: vidpipe show {last} --where \"outcome = 'failed'\"")
-
-
 def _asked(
     pipeline: Pipeline, stages: tuple[str, ...], classes: str | None
 ) -> tuple[tuple[str, ...], Retry]:
-    """The stages and what to retry. In `--retry-failed encode` the word is a stage: the option's
-    own value may be left out, and click takes the next word for it."""
+    """The stages and what to retry; `*` is the option without a value. In `--retry-failed encode`
+    the word is a stage: click takes the next word for the option's value."""
     from pipeline.unit import Retry
 
     if classes is None:
@@ -260,7 +253,7 @@ def _asked(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Where every clip is: per stage in, kept, rejected, failed, pending."""
-    from pipeline.account import account
+    from pipeline.account import account, retry_hint
     from pipeline.output import json_text, text_table
 
     result = account(_load(file, overrides))
@@ -283,6 +276,8 @@ def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     ]
     names = ["stage", "state", "in", "kept", "rejected", "failed", "pending", "reasons"]
     click.echo(text_table(names, rows), nl=False)
+    for line in retry_hint(sum(s["worth_retry"] for s in result["stages"])):
+        click.echo(line, err=True)
 
 
 @cli.command()

@@ -51,6 +51,11 @@ class RunSettings(BaseModel):
         900, ge=0, description="seconds for nodes that an autoscaled cluster has to bring first"
     )
     unit_size: int | None = Field(None, ge=1, le=65536, description="clips of a new unit")
+    isolate: bool = Field(
+        True,
+        description="a process of its own for each worker, so that a clip that kills it costs only "
+        "itself; false: easier to debug",
+    )
 
 
 class _Top(BaseModel):

@@ -49,7 +49,7 @@ def refresh(pipeline: Pipeline) -> int | None:
     spec = _spec(pipeline, first.column("shard")[0].as_py())
     facts = {"caption": column, "stages": {n: pipeline.dag.layers[n].fingerprint for n in wanted}}
     rows = write_index(path(pipeline), pipeline.config.workdir, chain([first], tables), spec, facts)
-    pipeline.store.fs.pipe_file(pipeline.store.path(_STATE), json.dumps(state).encode())
+    pipeline.store.put(_STATE, json.dumps(state).encode())
     return rows
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
+from manifests.faults import unusable
 from manifests.schema import did_you_mean
 from manifests.view import SOURCE_LAYER, UnitView, ends
 from pipeline.config import ConfigError
@@ -71,18 +73,23 @@ def select(
     """
     import duckdb
 
-    parts: list[pa.Table] = []
-    for part in tables(pipeline, stage):
-        parts.append(part)
-        if where is None and limit is not None and sum(p.num_rows for p in parts) >= limit:
-            break
-    view = pa.concat_tables(parts or [_schema(pipeline.columns()).empty_table()])
+    schema = _schema(pipeline.columns())
     for column in columns:
-        if column not in view.column_names:
+        if column not in schema.names:
             raise ConfigError(
-                f"there is no column {column!r}.{did_you_mean(column, view.column_names)} "
-                f"Columns: {', '.join(view.column_names)}."
+                f"there is no column {column!r}.{did_you_mean(column, schema.names)} "
+                f"Columns: {', '.join(schema.names)}."
             )
+    faults: list[Exception] = []  # what DuckDB would wrap in an error of its own
+
+    def rows() -> Iterator[pa.RecordBatch]:
+        try:
+            for table in tables(pipeline, stage):
+                yield from table.cast(schema).to_batches()
+        except Exception as error:
+            faults.append(error)
+            raise
+
     wanted = ", ".join(f'"{column}"' for column in columns) or "*"
     query = f"SELECT {wanted} FROM manifest"  # noqa: S608  columns are checked, files out of reach
     if where:
@@ -90,25 +97,41 @@ def select(
     if limit is not None:
         query += f" LIMIT {limit:d}"
     with duckdb.connect(config={**LOCKED, "memory_limit": "4GB"}) as connection:
-        connection.register("manifest", view)
+        # As DuckDB asks for them: unit by unit, and no more than the limit needs.
+        connection.register("manifest", pa.RecordBatchReader.from_batches(schema, rows()))
         try:
             if len(connection.extract_statements(query)) != 1:
                 raise ConfigError(f"--where {where!r}: a single condition is expected")
             return connection.sql(query).to_arrow_table()
         except duckdb.Error as error:
+            if faults:
+                raise faults[0] from None
             raise ConfigError(f"--where {where!r}: {str(error).splitlines()[0]}") from error
 
 
 def write(pipeline: Pipeline, out: str) -> int:
     """Writes the whole joined view to a .parquet or .jsonl file; returns its rows.
 
-    Unit by unit: memory does not grow with the manifest. Raises ConfigError for another ending.
+    Unit by unit: memory does not grow with the manifest. Raises ConfigError for another ending,
+    StoreUnusable where it can't be written.
     """
     suffix = Path(out).suffix
     if suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"--out {out}: the name must end in .parquet or .jsonl")
     part = Path(out).with_name(Path(out).name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        rows = _write(pipeline, part, suffix)
+        part.replace(out)
+    except OSError as error:
+        raise unusable(error, "write", out) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return rows
+
+
+def _write(pipeline: Pipeline, part: Path, suffix: str) -> int:
     rows = 0
     if suffix == ".parquet":
         import pyarrow.parquet as pq
@@ -129,5 +152,4 @@ def write(pipeline: Pipeline, out: str) -> int:
                 for row in table.to_pylist():
                     file.write(json_line(row))
                 rows += table.num_rows
-    part.replace(out)
     return rows

@@ -8,7 +8,6 @@ worker of a stage bears the stage's name, and so does its operator on the dashbo
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -27,16 +26,17 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.metrics import Counter
 
 from manifests.log import Counts
-from manifests.store import Store
-from manifests.view import Dag
+from manifests.store import StoreUnusable
+from pipeline import stop
 from pipeline.config import RunSettings
 from pipeline.dag import Pipeline
 from pipeline.errors import RunError
 from pipeline.plan import Plan
 from pipeline.report import Reporter
 from pipeline.resources import Offer, Pass, Workers, cores, passes, share, usable_gpus
-from pipeline.unit import Receipt, Retry, run_unit
-from stages.base import Stage
+from pipeline.tally import Tally
+from pipeline.unit import Receipt, Retry
+from pipeline.worker import Driver, InProcess, Job, Runs, Worker, own_worker
 
 # A wave is one Dataset: enough units to keep a cluster busy, few enough for the driver's memory.
 WAVE_UNITS = 20_000
@@ -45,6 +45,8 @@ TASK_RETRIES, WORKER_RESTARTS = 2, 3
 # Only names of units pass through the object store.
 OBJECT_STORE_BYTES = 128 << 20
 POLL_SECONDS = 0.5
+# Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
+STOP_SECONDS = 6.0
 
 
 @contextlib.contextmanager
@@ -56,6 +58,9 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
     # The C++ side of the driver writes its messages straight to stderr, amid the progress.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # A worker that was given no GPU must see none, or every `device: auto` takes the first.
+    # Memory that runs out is left to the kernel: it ends the worker's child that takes most, which
+    # is then known to have died of it. Ray would end the worker, whose child takes it unseen.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # Stages of the user's own are modules beside vidpipe.yaml. A private Ray hands its workers this
     # process' environment; a runtime_env would do it too, and cost each worker a second start.
@@ -72,6 +77,7 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
     try:
         with _environment("PYTHONPATH", path), _muted_stderr():
             context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        stop.renew()  # Ray takes SIGTERM for itself
     except (ConnectionError, RuntimeError) as error:
         where = run.address or "this machine"
         raise RunError(f"Ray can't be started on {where}: {error}") from error
@@ -131,6 +137,8 @@ def run(
                     u for u in plan.units if any(u in plan.stages[s].units for s in part.stages)
                 ]
                 for start in range(0, len(units), WAVE_UNITS):
+                    if stop.asked():
+                        return faults
                     wave = units[start : start + WAVE_UNITS]
                     faults += _run_wave(pipeline, part, workers, wave, retry, tally)
         return faults
@@ -158,7 +166,8 @@ def _run_wave(
         [{"unit": unit, "faults": "[]"} for unit in units], override_num_blocks=blocks
     )
     for name in part.stages:
-        stage, share_ = pipeline.stages[name], workers[name]
+        job = Job(pipeline.store, pipeline.dag, pipeline.stages[name], retry)
+        share_ = workers[name]
         kind = _actor if share_.actor else _task
         limits = (
             {"max_restarts": WORKER_RESTARTS, "max_task_retries": TASK_RETRIES}
@@ -167,13 +176,14 @@ def _run_wave(
         )
         dataset = _map_batches(
             dataset,
-            kind(pipeline.store, pipeline.dag, stage, retry, tally),
+            kind(job, pipeline.config.run.isolate, tally),
             batch_size=None,
             compute=(ActorPoolStrategy if share_.actor else TaskPoolStrategy)(size=share_.count),
             num_cpus=share_.cpus,
             num_gpus=share_.gpus,
             memory=share_.memory or None,
-            # Ray's own defaults try for ever: a clip that kills its decoder would loop.
+            # Ray's own defaults try for ever. A clip that kills its decoder kills the worker's
+            # child alone; these are about nodes that are lost.
             **limits,
         )
     faults: list[Receipt] = []
@@ -181,7 +191,12 @@ def _run_wave(
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             for text in batch["faults"]:
                 faults += map(_receipt, json.loads(str(text)))
+            for receipt in faults:
+                if receipt.halts:
+                    raise StoreUnusable(receipt.error)
     except ray.exceptions.RayError as error:
+        if stop.asked():  # whoever asked may have told Ray's own processes too
+            return faults
         raise RunError(
             f"{' → '.join(part.stages)}: a worker died and its retries are used up: "
             f"{_last_line(error)}. What was committed is kept: `vidpipe run` goes on from there."
@@ -196,101 +211,112 @@ def _map_batches(dataset: ray.data.Dataset, worker: Any, **options: Any) -> ray.
         return dataset.map_batches(worker, **options)
 
 
-def _step(
-    store: Store, dag: Dag, stage: Stage[Any, Any], retry: Retry, tally: Any
-) -> Callable[[dict[str, Any], Callable[[], Any]], dict[str, Any]]:
+def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, Any]]:
     """What a worker does with one row of the dataset: one unit."""
 
-    def step(batch: dict[str, Any], model: Callable[[], Any]) -> dict[str, Any]:
+    def step(batch: dict[str, Any], worker: Runs) -> dict[str, Any]:
         rows = Counter("vidpipe_rows", "rows settled", tag_keys=("stage", "outcome"))
 
         def on_rows(name: str, counts: Counts) -> None:
             tally.rows.remote(name, counts)
             for outcome, n in _outcomes(counts).items():
-                if n:
+                if n > 0:  # those that died with a worker are taken back in the report alone
                     rows.inc(n, {"stage": name, "outcome": outcome})
 
+        driver = Driver(on_rows, tally.note.remote, _Stopping(tally))
         faults = []
         for unit, before in zip(batch["unit"], batch["faults"]):
-            receipt = run_unit(store, dag, stage, model, str(unit), retry, on_rows)
-            tally.unit.remote(receipt)
-            own = [asdict(receipt)] if receipt.error else []
+            own = []
+            if not ray.get(tally.begin.remote()):
+                receipt = worker.run(job, str(unit), driver)
+                tally.unit.remote(receipt)
+                own = [asdict(receipt)] if receipt.error else []
             faults.append(json.dumps(json.loads(str(before)) + own))
         return {"unit": batch["unit"], "faults": faults}
 
     return step
 
 
-def _task(
-    store: Store, dag: Dag, stage: Stage[Any, Any], retry: Retry, tally: Any
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    step = _step(store, dag, stage, retry, tally)
+class _Stopping:
+    """Whether the driver was asked to stop: asks its tally, now and then."""
+
+    def __init__(self, tally: Any) -> None:
+        self._tally = tally
+        self._stopping = False
+        self._asked = time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._asked >= POLL_SECONDS and not self._stopping:
+            self._stopping = ray.get(self._tally.stopping.remote())
+            self._asked = now
+        return self._stopping
+
+
+def _task(job: Job, isolate: bool, tally: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    step = _step(job, tally)
 
     def task(batch: dict[str, Any]) -> dict[str, Any]:
-        return step(batch, stage.setup)
+        return step(batch, own_worker(isolate))
 
-    task.__name__ = task.__qualname__ = stage.name
+    task.__name__ = task.__qualname__ = job.stage.name
     return task
 
 
-def _actor(store: Store, dag: Dag, stage: Stage[Any, Any], retry: Retry, tally: Any) -> type[Any]:
-    step = _step(store, dag, stage, retry, tally)
+def _actor(job: Job, isolate: bool, tally: Any) -> type[Any]:
+    step = _step(job, tally)
 
-    class Worker:
+    class Actor:
         def __init__(self) -> None:
-            # A model that can't be loaded is the unit's error, with its remedy, not a dead actor.
-            self._model = functools.cache(stage.setup)
+            # The model is loaded with the first unit: one that can't be is that unit's error, with
+            # its remedy, not a dead actor.
+            self._worker: Runs = Worker() if isolate else InProcess()
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            return step(batch, self._model)
+            return step(batch, self._worker)
 
-    Worker.__name__ = Worker.__qualname__ = stage.name
-    return Worker
-
-
-class _Tally:
-    """Gathers the workers' events for the driver to show."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[str, Counts]] = []
-        self._units: list[Receipt] = []
-
-    def rows(self, stage: str, counts: Counts) -> None:
-        self._rows.append((stage, counts))
-
-    def unit(self, receipt: Receipt) -> None:
-        self._units.append(receipt)
-
-    def drain(self) -> tuple[list[tuple[str, Counts]], list[Receipt]]:
-        drained = self._rows, self._units
-        self._rows, self._units = [], []
-        return drained
+    Actor.__name__ = Actor.__qualname__ = job.stage.name
+    return Actor
 
 
 @contextlib.contextmanager
 def _tally(report: Reporter) -> Iterator[Any]:
-    """An actor that workers tell their events, and a thread that hands these to `report`."""
-    tally = ray.remote(_Tally).options(num_cpus=0, name=None).remote()
-    stop = threading.Event()
+    """An actor that workers tell their events, and a thread that hands these to `report`, and
+    the wish to stop to the workers."""
+    tally = ray.remote(Tally).options(num_cpus=0, name=None).remote()
+    over = threading.Event()
 
     def show() -> None:
-        rows, units = ray.get(tally.drain.remote())
+        rows, units, notes = ray.get(tally.drain.remote())
+        for note in notes:
+            report.note(note)
         for stage, counts in rows:
             report.rows(stage, counts)
         for receipt in units:
             report.unit(receipt)
 
     def poll() -> None:
-        while not stop.wait(POLL_SECONDS):
+        asked: float | None = None
+        while not over.wait(POLL_SECONDS):
             with contextlib.suppress(ray.exceptions.RayError):
                 show()
+                if stop.asked() and asked is None:
+                    asked = time.monotonic()
+                    tally.stop.remote()
+                # Units are left to end, but not the dataset: thousands may still be in line.
+                if asked is not None and (
+                    not ray.get(tally.running.remote()) or time.monotonic() - asked > STOP_SECONDS
+                ):
+                    show()
+                    stop.interrupt()
+                    return
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield tally
     finally:
-        stop.set()
+        over.set()
         thread.join()
         with contextlib.suppress(ray.exceptions.RayError):
             show()

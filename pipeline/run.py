@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from manifests.intake import Scan, scan
 from manifests.log import Counts
 from manifests.schema import did_you_mean
-from pipeline import index, local
+from pipeline import index, local, stop
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan, plan, status
 from pipeline.report import Reporter
 from pipeline.resources import check_workdir, free_space
-from pipeline.unit import Receipt, Retry
+from pipeline.unit import EVERY_CLASS, Receipt, Retry
 
 LOW_SPACE = 2 << 30
 # Of files that are not those that were hashed: to try these again, the source is looked at anew.
 CHANGED = "source_changed"
+READING_SECONDS = 10.0
 
 
 @dataclass
@@ -41,17 +44,39 @@ def prepare(
     """
     stages = pipeline.upstream(names)
     check_workdir(pipeline.config.workdir)
-    anew = retry.failed and CHANGED in _classes(pipeline, stages, retry)
-    done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size, anew=anew)
+    if not pipeline.store.local:
+        pipeline.store.prove()
+    done = scan(
+        pipeline.store,
+        pipeline.config.source,
+        pipeline.config.run.unit_size,
+        _reading(report),
+        anew=_looks_anew(pipeline, stages, retry),
+    )
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""
         changed = f", {done.changed} changed" if done.changed else ""
         report.note(f"source: {done.rows} rows, {done.new} new{changed}{gone}")
-    todo = plan(pipeline, stages, _checked(pipeline, stages, retry))
+    todo = plan(pipeline, stages, retry)
+    if retry.failed:
+        _check_retry(todo, retry, report)
     if not todo.empty:
         # What has nothing to do was checked when it was done: the second run is over at once.
         pipeline.bind(stages)
     return done, stages, todo
+
+
+def _reading(report: Reporter) -> Callable[[int], None]:
+    """Tells of a table that takes long to read."""
+    last = time.monotonic()
+
+    def progress(rows: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= READING_SECONDS:
+            last = time.monotonic()
+            report.note(f"source: {rows} rows read")
+
+    return progress
 
 
 def run(
@@ -59,7 +84,8 @@ def run(
 ) -> Result:
     """Brings `names` (all stages for none) and what they need up to date.
 
-    Raises ConfigError, SourceError, StoreError or a runner's error.
+    Raises ConfigError, SourceError, StoreError, a runner's error, or Stopped where a signal ended
+    it.
     """
     done, stages, todo = prepare(pipeline, names, retry, report)
     if todo.empty:
@@ -73,36 +99,53 @@ def run(
         )
     report.start(todo.stages)
     try:
-        if pipeline.config.run.runner == "local":
-            faults = local.run(pipeline, stages, todo, retry, report)
-        else:
-            from pipeline import ray_data  # takes seconds to import
-
-            faults = ray_data.run(pipeline, stages, todo, retry, report, explain)
+        with stop.orderly():
+            faults = _run(pipeline, stages, todo, retry, report, explain)
     finally:
         report.end()
+    for name in pipeline.dag.layers:
+        pipeline.dag.log(pipeline.store, name).compact()
     index.refresh(pipeline)
     return Result(done, stages, True, status(pipeline), faults)
 
 
-def _classes(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> set[str]:
-    """The failure classes that are to be tried again."""
-    if retry.classes:
-        return set(retry.classes)
+def _looks_anew(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> bool:
+    """Whether rows are tried again whose files are not those that were hashed: then download has
+    to see what they are now."""
+    if not retry.failed or (retry.classes and not retry.classes & {CHANGED, EVERY_CLASS}):
+        return False
+    if CHANGED in retry.classes:
+        return True
     totals = status(pipeline)
-    return {reason for name in stages for reason in totals[name].failed}
+    return any(CHANGED in totals[name].failed for name in stages)
 
 
-def _checked(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> Retry:
+def _run(
+    pipeline: Pipeline,
+    stages: Sequence[str],
+    todo: Plan,
+    retry: Retry,
+    report: Reporter,
+    explain: bool,
+) -> list[Receipt]:
+    if pipeline.config.run.runner == "local":
+        return local.run(pipeline, stages, todo, retry, report)
+    from pipeline import ray_data  # takes seconds to import
+
+    return ray_data.run(pipeline, stages, todo, retry, report, explain)
+
+
+def _check_retry(todo: Plan, retry: Retry, report: Reporter) -> None:
     """Raises ConfigError for a failure class that no row has: a typo would retry nothing."""
-    if not retry.classes:
-        return retry
-    totals = status(pipeline)
-    known = {reason for name in stages for reason in totals[name].failed}
-    for name in sorted(retry.classes - known - {CHANGED}):
-        there = ", ".join(sorted(known)) or "none"
+    known = sum((Counter(stage.counts.failed) for stage in todo.stages.values()), Counter[str]())
+    there = ", ".join(f"{n} {name}" for name, n in sorted(known.items())) or "none"
+    for name in sorted(retry.classes - known.keys() - {EVERY_CLASS, CHANGED}):
         raise ConfigError(
             f"--retry-failed {name}: no failed row has that class.{did_you_mean(name, known)} "
-            f"Classes of failed rows: {there}."
+            f"Failed rows: {there}."
         )
-    return retry
+    if known and not retry.classes and not any(s.retried for s in todo.stages.values()):
+        report.note(
+            f"no failed row is worth another try as things are ({there}): where you have mended "
+            "the cause, name the class, or `--retry-failed all`"
+        )

@@ -10,23 +10,26 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manifests.faults import StoreError, StoreUnusable, halts
 from manifests.log import Counts
-from manifests.redact import redact, redact_logs, redacted, sentence, sentences
+from manifests.redact import redact, redact_logs, redacted, sentence
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Store
 from manifests.view import Dag, UnitView, tally
+from pipeline.watch import UNWATCHED, Batch, Watch, batches
 from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
+EVERY_CLASS = "all"
 
 AnyStage = Stage[Any, Any]
 OnRows = Callable[[str, Counts], None]
@@ -34,13 +37,23 @@ OnRows = Callable[[str, Counts], None]
 
 @dataclass(frozen=True)
 class Retry:
-    """Which failed rows are to be tried again: all, or those of some failure classes."""
+    """Which failed rows are to be tried again: those of some classes (`all`: of every one), or,
+    where none is named, those that their stage calls worth another try."""
 
     failed: bool = False
     classes: frozenset[str] = frozenset()
+    stage: AnyStage | None = None
+
+    def of(self, stage: AnyStage) -> Retry:
+        """The same, for rows of this stage."""
+        return replace(self, stage=stage)
 
     def wants(self, outcome: str | None, reason: str | None) -> bool:
-        return outcome == FAILED and self.failed and (not self.classes or reason in self.classes)
+        if outcome != FAILED or not self.failed:
+            return False
+        if self.classes:
+            return reason in self.classes or EVERY_CLASS in self.classes
+        return self.stage is not None and self.stage.worth_retry(reason or "")
 
 
 @dataclass
@@ -53,6 +66,7 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # one line, where the stage raised
     trace: str | None = None
+    halts: bool = False  # nothing can be written: other units would fare no better
 
 
 class StageBug(Exception):
@@ -67,9 +81,11 @@ def run_unit(
     unit: str,
     retry: Retry = Retry(),
     on_rows: OnRows = lambda stage, counts: None,
+    watch: Watch = UNWATCHED,
     part: tuple[int, int] = (0, 1),
 ) -> Receipt:
-    """Settles and commits the pending rows of `unit` at `stage`.
+    """Settles and commits the pending rows of `unit` at `stage`, or what of them is done when
+    `watch` asks to stop.
 
     `model` gives what the stage's `setup` made; it is called only if a row is pending. `part` is
     the share of a unit's clips that is wanted, as (number, of how many): workers may settle one
@@ -77,6 +93,7 @@ def run_unit(
     """
     redact_logs()
     receipt = Receipt(stage.name, unit)
+    retry = retry.of(stage)
     clock = _Clock(receipt.seconds)
     try:
         view = UnitView(store, dag, unit)
@@ -85,32 +102,54 @@ def run_unit(
         settled = view.settled(stage.name)
         pending = _pending(view, stage.name, retry, part)
         rows = view.inputs(stage.name, pending, [*dict.fromkeys((*stage.reads, *stage.carries))])
-        keys, attempts = settled.key.take(pending), settled.attempts.take(pending)
+        book = pa.table(
+            {
+                "clip_id": rows.column("clip_id"),
+                "row_key": settled.key.take(pending),
+                "attempts": settled.attempts.take(pending),
+            }
+        )
         loaded = model() if rows.num_rows else None
         clock.lap("read")
         done: list[pa.Table] = []
-        for start in range(0, rows.num_rows, stage.batch_size):
-            batch = rows.slice(start, stage.batch_size)
-            outcomes = stage.process_table(batch, loaded)
+        for batch in batches(book.column("clip_id").to_pylist(), stage.batch_size, watch):
+            if watch.stopping():
+                break
+            own = _picked(book, batch)
+            ids = own.column("clip_id").to_pylist()
+            outcomes: Sequence[Outcome] | pa.Table
+            tries: Any = 1
+            if batch.condemned:
+                verdicts = [watch.condemned[clip] for clip in ids]
+                outcomes = [verdict.outcome() for verdict in verdicts]
+                tries = pa.array([verdict.attempts for verdict in verdicts])
+            else:
+                watch.begin(ids)
+                outcomes = stage.process_table(_picked(rows, batch), loaded)
             clock.lap("process")
-            at = slice(start, start + stage.batch_size)
-            new = settle(stage, batch.column("clip_id"), keys[at], attempts[at], outcomes)
+            attempts = pc.add(own.column("attempts"), tries).cast(pa.int32())
+            new = settle(stage, own.set_column(2, "attempts", attempts), outcomes)
             counts = _tally(new)
             on_rows(stage.name, counts)
             receipt.counts += counts
             done.append(new)
             if sum(table.nbytes for table in done) >= COMMIT_BYTES:
                 view = _commit(view, stage, loaded, done, receipt.seconds)
+                watch.committed()
                 clock.lap("commit")
                 done = []
         if done or not rows.num_rows:
             _commit(view, stage, loaded, done, receipt.seconds)
+            watch.committed()
             clock.lap("commit")
-    except StageError as error:
+    except (StageError, StoreError) as error:
         receipt.error = redact(str(error))  # a sentence for the user, with its remedy
+        receipt.halts = isinstance(error, StoreUnusable)
     except Exception as error:  # noqa: BLE001  the boundary between a stage and the run
-        receipt.error = redact(f"{type(error).__name__}: {error}".splitlines()[0])
-        receipt.trace = redact(traceback.format_exc())
+        full = halts(error, store.url) if isinstance(error, OSError) else None
+        receipt.halts = full is not None
+        receipt.error = redact(str(full or f"{type(error).__name__}: {error}").splitlines()[0])
+        receipt.trace = None if full else redact(traceback.format_exc())
     return receipt
 
 
@@ -137,29 +176,28 @@ def _pending(view: UnitView, name: str, retry: Retry, part: tuple[int, int]) -> 
     return rows.filter(wanted)
 
 
-def settle(
-    stage: AnyStage,
-    ids: pa.ChunkedArray,
-    keys: pa.Array,
-    attempts: pa.Array,
-    outcomes: Sequence[Outcome] | pa.Table,
-) -> pa.Table:
+def _picked(table: pa.Table, batch: Batch) -> pa.Table:
+    places = batch.places
+    if isinstance(places, range):
+        return table.slice(places.start, len(places))
+    return table.take(pa.array(places, pa.int64()))
+
+
+def settle(stage: AnyStage, book: pa.Table, outcomes: Sequence[Outcome] | pa.Table) -> pa.Table:
     """The outcomes of a batch as rows of the stage's manifest: OUTCOME and the columns it adds.
 
-    Raises StageBug where they break the contract.
+    `book` has the rows' `clip_id`, `row_key` and `attempts`. Raises StageBug where the outcomes
+    break the contract.
     """
     schema = pa.schema([*OUTCOME, *stage.adds])
-    if len(outcomes) != len(ids):
-        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(ids)} rows")
-    attempts = pc.add(attempts, pa.scalar(1, pa.int32()))
+    if len(outcomes) != len(book):
+        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(book)} rows")
     try:
         if isinstance(outcomes, pa.Table):
-            given = {"clip_id": ids, "row_key": keys, "attempts": attempts, "outcome": KEPT}
+            given = {"outcome": KEPT, **{n: book.column(n) for n in book.column_names}}
             given |= {name: outcomes.column(name) for name in outcomes.column_names}
-            given |= {n: sentences(given[n]) for n in ("reason", "message") if n in given}
-            return _whole(stage, given, len(ids), schema)
-        known = zip(keys.to_pylist(), attempts.to_pylist())
-        records = list(_records(stage, ids.to_pylist(), list(known), outcomes))
+            return _whole(stage, given, len(book), schema)
+        records = list(_records(stage, book.to_pylist(), outcomes))
         return pa.Table.from_pylist(records, schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise StageBug(
@@ -186,14 +224,9 @@ def _whole(stage: AnyStage, given: dict[str, Any], rows: int, schema: pa.Schema)
     return table
 
 
-def _records(
-    stage: AnyStage,
-    ids: Sequence[str],
-    keys: Sequence[tuple[str, int]],
-    outcomes: Sequence[Outcome],
-) -> Iterator[Row]:
-    for clip, (key, attempts), outcome in zip(ids, keys, outcomes, strict=True):
-        base = {"clip_id": clip, "row_key": key, "attempts": attempts}
+def _records(stage: AnyStage, book: Sequence[Row], outcomes: Sequence[Outcome]) -> Iterator[Row]:
+    for base, outcome in zip(book, outcomes, strict=True):
+        clip = base["clip_id"]
         match outcome:
             case Rejected("" | None) | Failed("" | None):
                 raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")

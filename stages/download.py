@@ -38,6 +38,7 @@ from stages.base import (
     Stage,
     StageError,
     StageSettings,
+    alive,
 )
 from stages.guard import Guard
 from stages.openers import driver_faults, from_fs, from_http, from_zip
@@ -196,6 +197,10 @@ class Download(Stage[DownloadSettings, None]):
     )
     default_batch = 256
     default_resources = Resources(cpus=1)
+    transient = (
+        *("network", "timeout", "unreadable", "remote_error"),
+        *("http_408", "http_425", "http_429", "http_5??"),
+    )
 
     def __init__(self, settings: DownloadSettings, context: Context) -> None:
         super().__init__(settings, context)
@@ -362,6 +367,8 @@ def _attempt(uri: str, bring: Callable[[], Row]) -> Outcome:
         return bring()
     except TransferError as error:
         return _failed(uri, error)
+    finally:
+        alive()
 
 
 def _without(outcome: Outcome, secrets: Collection[str]) -> Outcome:

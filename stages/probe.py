@@ -10,17 +10,29 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from stages.base import Failed, Outcome, Row, Sampling, Stage, StageSettings
+from stages.base import Failed, Outcome, Row, Sampling, Stage, alive
 from stages.files import CARRIED, clip_file
 from stages.frames import picks
 from stages.picture import display_matrix, quarter_turned
-from stages.video import Timeline, Video, VideoError, opened, packets, section, timeline, translated
+from stages.video import (
+    READING_MAY_PASS,
+    Budget,
+    DecodingSettings,
+    Timeline,
+    Video,
+    VideoError,
+    opened,
+    packets,
+    section,
+    timeline,
+    translated,
+)
 
 # A gap between frames is irregular from this share of the median on (and beyond rounding).
 IRREGULAR = 0.1
 
 
-class ProbeSettings(StageSettings):
+class ProbeSettings(DecodingSettings):
     tolerance: float = Field(
         0.1, ge=0, le=1, description="share of the header's length that may be missing"
     )
@@ -58,6 +70,8 @@ class Probe(Stage[ProbeSettings, None]):
         ]
     )
     default_batch = 64
+    default_time_limit = 300.0
+    transient = READING_MAY_PASS
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "sampling": self.context.sampling.times()}
@@ -67,18 +81,26 @@ class Probe(Stage[ProbeSettings, None]):
 
     def _row(self, row: Row) -> Outcome:
         sampling, tolerance = self.context.sampling, self.settings.tolerance
+        budget = Budget(self.settings, self.name)
         try:
             with clip_file(row, self.context) as path:
-                return probed(path, sampling, row["start"], row["end"], tolerance)
+                return probed(path, sampling, row["start"], row["end"], tolerance, budget)
         except VideoError as error:
             return Failed(error.error, str(error))
+        finally:
+            alive()
 
 
 def probed(
-    path: str, sampling: Sampling, start: float | None, end: float | None, tolerance: float
+    path: str,
+    sampling: Sampling,
+    start: float | None,
+    end: float | None,
+    tolerance: float,
+    budget: Budget,
 ) -> Row:
     """The columns of `Probe.adds` for one clip. Raises VideoError."""
-    with opened(path) as video:
+    with opened(path, budget=budget) as video:
         line = timeline(video, start, end)
         if start is None and end is None:
             complete(video, line, tolerance)
@@ -131,7 +153,7 @@ def last_moment(video: Video) -> float:
     video.container.seek(0)
     return max(
         float((packet.pts + (packet.duration or 0)) * packet.time_base) - video.origin
-        for packet in packets(video.container)
+        for packet in packets(video)
         if packet.pts is not None
     )
 

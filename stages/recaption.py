@@ -181,6 +181,10 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         ]
     )
     after = ("filter",)
+    transient = (
+        *("engine_unreachable", "network", "timeout", "bad_answer"),
+        *("http_408", "http_409", "http_425", "http_429", "http_5??"),
+    )
     default_resources = Resources(cpus=1)
 
     @functools.cached_property

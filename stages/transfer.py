@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from manifests.redact import redact
+from stages.base import alive
 
 CHUNK = 1 << 20
 LONGEST_WAIT = 120.0  # seconds between two tries, whatever a server asks for
@@ -139,6 +140,7 @@ def _receive(part: Path, open_at: Open, limits: Limits) -> tuple[str, int]:
         for left in range(stream.start, 0, -CHUNK):
             digest.update(file.read(min(CHUNK, left)))
         for chunk in stream.chunks:
+            alive()
             total += len(chunk)
             if total > limits.max_bytes:
                 raise _too_large(part, limits)

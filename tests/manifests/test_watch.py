@@ -3,6 +3,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from manifests import watch
@@ -57,18 +58,29 @@ def test_slow_disks_are_asked_side_by_side_with_the_same_answer(
 def test_what_counts_as_replaced(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "work"))
     file, later = tmp_path / "a.mp4", tmp_path / "later.mp4"
+    uris = pa.array(["a.mp4", "later.mp4", "https://h/b.mp4", None, "a.mp4"])
+
+    def scanned(most: int = 9) -> list[str | None]:
+        files = watch.Files(store, str(tmp_path), most)
+        found = files.versions(uris).to_pylist()
+        files.save(store)
+        return found
+
     file.write_bytes(b"abc")
-    seen = [(str(file), watch.version_of(str(file))), (str(later), None)]
     assert not watch.replaced(store), "nothing was listed yet"
-    watch.remember(store, seen)
+    state = watch.version_of(str(file))
+    assert scanned() == [state, None, None, None, state]
     assert not watch.replaced(store)
     file.rename(tmp_path / "away")
     assert not watch.replaced(store), "gone is not replaced"
+    assert scanned() == [state, None, None, None, state], "also where the table is read anew"
     (tmp_path / "away").rename(file)
+    assert not watch.replaced(store)
     later.write_bytes(b"new")
     assert watch.replaced(store)
     later.unlink()
     file.write_bytes(b"abcd")
     assert watch.replaced(store)
-    watch.remember(store, None)
+    assert scanned(most=1)[0] == watch.version_of(str(file))
+    assert not store.find(watch.FILES), "too many to look at"
     assert not watch.replaced(store)

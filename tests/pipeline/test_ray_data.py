@@ -57,14 +57,17 @@ def manifest(made: Any) -> Any:
     return query.select(made, None).sort_by("clip_id")
 
 
-@pytest.mark.parametrize(("workers", "batch"), [(1, 8), (2, 1)])
-def test_the_same_manifest_as_the_loop(tmp_path: Path, workers: int, batch: int) -> None:
+@pytest.mark.parametrize(("workers", "batch", "isolate"), [(1, 8, False), (2, 1, True)])
+def test_the_same_manifest_as_the_loop(
+    tmp_path: Path, workers: int, batch: int, isolate: bool
+) -> None:
     (tmp_path / "loop").mkdir()
     loop = pipeline(tmp_path / "loop", CAPTIONS)
     run(loop, (), Retry(), Reporter())
     settings = {name: {"workers": workers, "batch_size": batch} for name in loop.stages}
     (tmp_path / "ray").mkdir()
-    made = pipeline(tmp_path / "ray", CAPTIONS, settings=settings, run={"runner": "ray"})
+    run_settings = {"runner": "ray", "isolate": isolate}
+    made = pipeline(tmp_path / "ray", CAPTIONS, settings=settings, run=run_settings)
     heard = Heard()
     result = run(made, (), Retry(), heard, explain=True)
     assert not result.faults
@@ -88,7 +91,7 @@ def test_an_exception_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
 
 
 class Dying(Shout):
-    """Its worker dies, as under the kernel's memory killer."""
+    """Ray's own process dies, as where a node is lost."""
 
     def process(self, rows: list[Row], model: str) -> list[Outcome]:
         os._exit(9)

@@ -17,6 +17,8 @@ from manifests.shards import LATENTS, Index, LatentSpec, read_latents
 from manifests.store import StoreError
 from pipeline import index, query, unit
 from pipeline import plan as planning
+from pipeline.account import account, summary
+from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
@@ -162,7 +164,8 @@ def test_failed_rows_are_tried_again_on_request(tmp_path: Path) -> None:
     made = pipeline(tmp_path, CAPTIONS)
     go(made)
     assert go(made)[0].settled == {}
-    heard, status = go(made, retry=Retry(True))
+    assert go(made, retry=Retry(True))[0].settled == {}, "a final class: nothing would change"
+    heard, status = go(made, retry=Retry(True, frozenset({"all"})))
     assert heard.settled == {"length": 1}
     assert status["length"].failed == {"bad_caption": 1}
     heard, _ = go(made, retry=Retry(True, frozenset({"bad_caption"})))
@@ -170,6 +173,39 @@ def test_failed_rows_are_tried_again_on_request(tmp_path: Path) -> None:
     view = next(v for v in planning.views(made) if "bad" in v.table.column("caption").to_pylist())
     settled = view.settled("length")
     assert settled.attempts[settled.outcome.index("failed").as_py()].as_py() == 3
+
+
+class Flaky(Length):
+    """One of its failure classes may pass."""
+
+    transient = ("busy_5??",)
+
+    def one(self, caption: str | None) -> Outcome:
+        if caption and caption.startswith("busy"):
+            return Failed(caption, "try again")
+        return super().one(caption)
+
+
+def test_what_is_worth_another_try_is_what_the_stage_says(tmp_path: Path) -> None:
+    captions = ["a cat", "busy_503", "busy_404", "bad", "killed_worker", "busy_500"]
+    made = pipeline(tmp_path, captions, stages=(Flaky,))
+    flaky = made.stages["length"]
+    assert [flaky.worth_retry(c) for c in captions] == [False, True, False, False, True, True]
+    _, status = go(made)
+    assert planning.worth_retry(made, status) == {"length": 2}
+    assert account(made)["stages"][1]["worth_retry"] == 2
+    told = summary(made, status, ["length"])
+    assert (
+        told[-1] == "2 failed rows are worth another try as things are: vidpipe run --retry-failed"
+    )
+    assert planning.plan(made, ["length"], Retry(True)).stages["length"].retried == 2
+    assert go(made, retry=Retry(True))[0].settled == {"length": 2}
+    assert go(made, retry=Retry(True, frozenset({"busy_404", "bad_caption"})))[0].settled == {
+        "length": 2
+    }
+    assert go(made, retry=Retry(True, frozenset({"all"})))[0].settled == {"length": 4}
+    with pytest.raises(ConfigError, match="Failed rows: 1 bad_caption, 1 busy_404, 1 busy_500"):
+        go(made, retry=Retry(True, frozenset({"busy_405"})))
 
 
 def test_an_exception_settles_nothing_and_is_told(tmp_path: Path) -> None:
@@ -393,3 +429,46 @@ def test_the_view_keeps_types_of_empty_columns(tmp_path: Path) -> None:
     assert table.schema.field("words").type == pa.int64()
     assert table.schema.field("loud").type == pa.string()
     assert Limit.name in made.dag.ancestors[Shout.name]
+
+
+def test_missing_data_is_noticed_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    go(made)
+    data = next(n for n in made.store.find("length") if n.endswith(".parquet"))
+    made.store.delete(data)
+    for look in (planning.status, lambda made: run(made, (), Retry(), Reporter())):
+        with pytest.raises(StoreError, match=f"{Path(data).name}.*verify --repair"):
+            look(made)
+
+
+def test_a_run_of_many_units_leaves_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manifests.log._LOOSE_COMMITS", 4)
+    made = pipeline(tmp_path, CAPTIONS * 5)
+    go(made)
+    loose = [n for n in made.store.find("") if n.endswith(".json") and "/scans/" not in n]
+    status, table = planning.status(made), query.select(made, None)
+    assert made.store.find("length/" + made.dag.layers["length"].fingerprint + "/snapshots")
+    for name in loose:
+        made.store.delete(name)
+    made = pipeline(tmp_path, CAPTIONS * 5)
+    assert planning.status(made) == status
+    assert query.select(made, None).equals(table)
+    assert go(made)[0].settled == {}
+
+
+def test_parts_of_a_unit_are_settled_side_by_side(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS * 4, [Length])
+    scan(made.store, made.config.source, 100)
+    (name,) = made.dag.log(made.store, "source").units()
+    stage = made.stages["length"]
+    receipts = [
+        run_unit(made.store, made.dag, stage, stage.setup, name, part=(number, 3))
+        for number in (2, 0, 1)
+    ]
+    assert sum(r.counts.total for r in receipts) == 24
+    assert all(0 < r.counts.total < 24 for r in receipts)
+    commits = made.dag.log(made.store, "length").commits(name)
+    assert [c.counts.pending for c in commits][-1] == 0
+    assert planning.status(made)["length"] == Counts(24, 12, {"empty": 8}, {"bad_caption": 4})

@@ -1,0 +1,147 @@
+"""The worker's process: gets stages and units over a pipe, runs them wholly, commits itself.
+
+Stages and units come as pickles, from the process that started this one; JSON goes back, since
+what runs here reads files of strangers: which clips are being processed, signs of life, counts of
+rows, the receipt. Rows and payload never cross. `pipeline.worker` is the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import gc
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from manifests.log import Counts
+from manifests.store import Store
+from manifests.view import Dag
+from pipeline.unit import Receipt, Retry, run_unit
+from pipeline.watch import Watch
+from stages import base
+
+# How often a sign of life goes over the pipe at most.
+ALIVE_SECONDS = 0.2
+# The kernel's memory killer shall take this process, and neither its supervisor nor the driver.
+OOM_SCORE = 500
+
+
+def tied_to(lifeline: int) -> None:
+    """Has the kernel kill this process once the other end of the pipe `lifeline` is closed, as it
+    is at the latest when the supervisor dies, by whatever. Unlike a thread that reads the pipe it
+    works while C code holds the interpreter; unlike PR_SET_PDEATHSIG it is about the process, not
+    about the thread that started this one."""
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def serve(connection: Connection) -> NoReturn:
+    """Runs what comes over `connection` until it is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Ctrl-C and Slurm signal whole groups of processes; the supervisor says what to do.
+        signal.signal(number, lambda *_: None)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(max(OOM_SCORE, _oom_score())))
+    supervisor = _Supervisor(connection)
+    base.on_alive(supervisor.alive)
+    job = _Job()
+    with contextlib.suppress(EOFError, OSError):  # the supervisor has closed its end, or is gone
+        while True:
+            try:
+                message = connection.recv()
+            except (ImportError, AttributeError) as error:
+                job.fault = (
+                    f"the stage can't be imported by a worker's process: {error}. Its module must "
+                    "lie beside vidpipe.yaml or be installed"
+                )
+                continue
+            match message:
+                case ("job", number, *rest):
+                    job.take(number, *rest)
+                case ("unit", unit, apart, condemned):
+                    receipt = job.run(unit, supervisor, supervisor.watch(apart, condemned))
+                    supervisor.send("receipt", asdict(receipt))
+    os._exit(0)  # native threads of torch and FFmpeg may abort an ordinary end
+
+
+class _Job:
+    """What units are run with: the stage, and the model of the last stage that has one."""
+
+    fault: str | None = None
+
+    def __init__(self) -> None:
+        self._store: Store | None = None
+        self._model_of: int | None = None
+        self._model: Callable[[], Any] | None = None
+
+    def take(
+        self, number: int, store: Store, dag: Dag, stage: base.Stage[Any, Any], retry: Retry
+    ) -> None:
+        self.fault = None
+        if self._store is None or self._store.url != store.url:
+            self._store = store  # it remembers what was read last
+        self._dag, self._stage, self._retry = dag, stage, retry
+        if stage.loads_model and number != self._model_of:
+            self._model = None  # the last one goes before the next one comes
+            gc.collect()
+            self._model_of, self._model = number, functools.cache(stage.setup)
+
+    def run(self, unit: str, supervisor: _Supervisor, watch: Watch) -> Receipt:
+        if self.fault is not None or self._store is None:
+            return Receipt("", unit, error=self.fault)
+        stage = self._stage
+        model = self._model if stage.loads_model and self._model else stage.setup
+        return run_unit(
+            self._store, self._dag, stage, model, unit, self._retry, supervisor.rows, watch
+        )
+
+
+def _oom_score() -> int:
+    return int(Path("/proc/self/oom_score_adj").read_text())
+
+
+class _Supervisor:
+    """The other end of the pipe, as seen from here. Any thread may speak."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._spoke = 0.0
+
+    def send(self, what: str, value: Any = None) -> None:
+        with self._lock:
+            self._connection.send_bytes(json.dumps([what, value]).encode())
+            self._spoke = time.monotonic()
+
+    def alive(self) -> None:
+        if time.monotonic() - self._spoke >= ALIVE_SECONDS:
+            self.send("alive")
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        self.send("rows", asdict(counts))
+
+    def watch(self, apart: Sequence[Sequence[str]], condemned: dict[str, Any]) -> Watch:
+        supervisor = self
+
+        class Supervised(Watch):
+            def begin(self, ids: Sequence[str]) -> None:
+                supervisor.send("begin", list(ids))
+
+            def committed(self) -> None:
+                supervisor.send("committed")
+
+            def stopping(self) -> bool:
+                # Nothing but the wish to stop, or the end, comes while a unit is being processed.
+                return supervisor._connection.poll()
+
+        return Supervised(apart, condemned)

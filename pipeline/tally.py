@@ -1,0 +1,47 @@
+"""What the workers of a cluster tell the driver, and what it asks of them: an actor on Ray."""
+
+from __future__ import annotations
+
+from manifests.log import Counts
+from pipeline.unit import Receipt
+
+
+class Tally:
+    """Gathers the workers' events for the driver to show."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, Counts]] = []
+        self._units: list[Receipt] = []
+        self._notes: list[str] = []
+        self._running = 0
+        self._stopping = False
+
+    def begin(self) -> bool:
+        """A worker has got a unit; whether it is to leave it alone."""
+        self._running += not self._stopping
+        return self._stopping
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def running(self) -> int:
+        """Units being processed, those of dead workers counted in."""
+        return self._running
+
+    def note(self, text: str) -> None:
+        self._notes.append(text)
+
+    def rows(self, stage: str, counts: Counts) -> None:
+        self._rows.append((stage, counts))
+
+    def unit(self, receipt: Receipt) -> None:
+        self._units.append(receipt)
+        self._running -= 1
+
+    def drain(self) -> tuple[list[tuple[str, Counts]], list[Receipt], list[str]]:
+        drained = self._rows, self._units, self._notes
+        self._rows, self._units, self._notes = [], [], []
+        return drained

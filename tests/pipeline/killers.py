@@ -1,0 +1,105 @@
+"""Toy stages that really kill or hang their process at certain captions."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow as pa
+
+from stages.base import Outcome, Row, Stage, StageError, StageSettings, alive
+
+
+class KillerSettings(StageSettings):
+    folder: str = ""  # where it notes what it was called with, if anywhere
+
+
+class Killer(Stage[KillerSettings, None]):
+    """Dies at the caption that says how; "together" only kills beside "dynamite", "once" once."""
+
+    name = "killer"
+    Settings = KillerSettings
+    reads = ("caption",)
+    adds = pa.schema([pa.field("said", pa.string())])
+    default_batch = 10
+
+    def process(self, rows: list[Row], model: None) -> list[Outcome]:
+        said = {row["caption"] for row in rows}
+        if {"together", "dynamite"} <= said:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        for row in rows:
+            alive()
+            self.one(row["caption"])
+        return [{"said": row["caption"]} for row in rows]
+
+    def one(self, caption: str) -> None:
+        if caption in ("SIGSEGV", "SIGKILL", "SIGABRT"):
+            os.kill(os.getpid(), getattr(signal, caption))
+        if caption == "exit":
+            os._exit(7)
+        if caption == "hang":
+            time.sleep(600)
+        if caption == "hang in C":  # PyDLL keeps the interpreter's lock
+            ctypes.PyDLL(None).sleep(600)
+        if caption == "slow":
+            for _ in range(8):
+                alive()
+                time.sleep(0.2)
+        if caption == "once":
+            mark = Path(self.settings.folder) / "once"
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Loader(Stage[KillerSettings, str]):
+    """Has a model, whose every loading it notes; can die while it loads it."""
+
+    name = "loader"
+    Settings = KillerSettings
+    reads = ("caption",)
+    adds = pa.schema([pa.field("pid", pa.int64())])
+
+    def setup(self) -> str:
+        with (Path(self.settings.folder) / "loads").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if (Path(self.settings.folder) / "no-gpu").exists():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return "model"
+
+    def process(self, rows: list[Row], model: str) -> list[Outcome]:
+        assert model == "model"
+        return [{"pid": os.getpid()} for _ in rows]
+
+
+class Unready(Stage[StageSettings, str]):
+    """Can't be set up, and knows it."""
+
+    name = "unready"
+    Settings = StageSettings
+    reads = ("caption",)
+    adds = pa.schema([pa.field("never", pa.string())])
+
+    def setup(self) -> str:
+        raise StageError("the weights are missing: download them")
+
+    def process(self, rows: list[Row], model: str) -> list[Outcome]:
+        return [{"never": ""} for _ in rows]
+
+
+class Slow(Stage[KillerSettings, None]):
+    """Takes as many seconds as the caption says, a row a batch."""
+
+    name = "slow"
+    Settings = KillerSettings
+    reads = ("caption",)
+    adds = pa.schema([pa.field("took", pa.float64())])
+    default_batch = 1
+
+    def process(self, rows: list[Row], model: None) -> list[Outcome]:
+        for row in rows:
+            time.sleep(float(row["caption"].split()[0]))
+        return [{"took": float(row["caption"].split()[0])} for row in rows]
