@@ -32,6 +32,8 @@ COMMIT_BYTES = 256 << 20
 EVERY_CLASS = "all"
 
 AnyStage = Stage[Any, Any]
+Part = tuple[int, int]  # of a unit's clips: number, of how many
+WHOLE: Part = (0, 1)
 OnRows = Callable[[str, Counts], None]
 
 
@@ -82,14 +84,13 @@ def run_unit(
     retry: Retry = Retry(),
     on_rows: OnRows = lambda stage, counts: None,
     watch: Watch = UNWATCHED,
-    part: tuple[int, int] = (0, 1),
+    part: Part = WHOLE,
 ) -> Receipt:
     """Settles and commits the pending rows of `unit` at `stage`, or what of them is done when
     `watch` asks to stop.
 
-    `model` gives what the stage's `setup` made; it is called only if a row is pending. `part` is
-    the share of a unit's clips that is wanted, as (number, of how many): workers may settle one
-    unit side by side.
+    `model` gives what the stage's `setup` made; it is called only if a row is pending. Several
+    workers may settle one unit side by side, each a `part` of it.
     """
     redact_logs()
     receipt = Receipt(stage.name, unit)
@@ -160,7 +161,7 @@ def _is_done(view: UnitView, name: str, retry: Retry) -> bool:
     return not any(retry.wants(FAILED, reason) for reason in commit.counts.failed)
 
 
-def _pending(view: UnitView, name: str, retry: Retry, part: tuple[int, int]) -> pa.Array:
+def _pending(view: UnitView, name: str, retry: Retry, part: Part) -> pa.Array:
     """The rows of the view that are to be settled."""
     settled, rows = view.settled(name), view.reached(name)
     outcome = settled.outcome.take(rows)
@@ -170,8 +171,8 @@ def _pending(view: UnitView, name: str, retry: Retry, part: tuple[int, int]) -> 
         wanted = pc.or_(wanted, pa.array([retry.wants(*each) for each in known], pa.bool_()))
     number, parts = part
     if parts > 1:
-        # By the clip's id: the same for every worker, whatever has been settled meanwhile.
-        own = [int(clip[:8], 16) % parts == number for clip in view.ids(name, rows).to_pylist()]
+        # By the source's clip: the same for every worker and at every stage, split or not.
+        own = [int(clip[:8], 16) % parts == number for clip in view.source_ids(rows).to_pylist()]
         wanted = pc.and_(wanted, pa.array(own, pa.bool_()))
     return rows.filter(wanted)
 
