@@ -10,12 +10,11 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.base import Context, Sampling
+from stages.base import Sampling
 from stages.picture import Fit, Pixels, short_side
 from stages.video import (
     LAST,
@@ -40,7 +39,6 @@ __all__ = [
     "Few",
     "TooShort",
     "VideoError",
-    "local_path",
     "picks",
     "read_clip",
     "sample_few",
@@ -75,14 +73,6 @@ class Clip:
     def length(self) -> int:
         """Frames that were decoded, without any filling."""
         return len(self.times)
-
-
-def local_path(path: str, context: Context) -> str:
-    """Where the bytes of a row's `path` are: absolute, or relative to the workdir (downloads).
-    Under a remote workdir it is a URL, which everything here opens as well."""
-    if "://" in path or Path(path).is_absolute():
-        return path.removeprefix("file://")
-    return f"{context.workdir.rstrip('/')}/{path}".removeprefix("file://")
 
 
 def due(seconds: float, fps: float, slack: float = 0.0) -> int:

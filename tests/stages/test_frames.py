@@ -18,10 +18,10 @@ from numbered import ENCRYPTION, make, number, numbers
 
 import stages.video
 from stages.base import Context, Sampling
+from stages.files import local_path
 from stages.frames import (
     TooShort,
     VideoError,
-    local_path,
     picks,
     read_clip,
     sample_few,
