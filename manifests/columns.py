@@ -9,11 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 from manifests.listing import is_video
 from manifests.schema import SOURCE_PREFIX
 from manifests.tables import Kind, Record, SourceError, Table, as_json, convert
+
+# Arrow types whose values are taken as they are for each kind of column.
+_EXACT: dict[Kind, Callable[[pa.DataType], bool]] = {
+    "str": pa.types.is_string,
+    "int": lambda kind: pa.types.is_integer(kind) and kind != pa.uint64(),
+    "float": pa.types.is_floating,
+    "bool": pa.types.is_boolean,
+}
 
 Keep = list[str] | dict[str, Kind] | None
 
@@ -71,6 +81,7 @@ class Layout:
     """Which columns of a table become what of a row."""
 
     uri: Callable[[Record], str | None]
+    uri_column: str | None  # None: several make up the uri
     caption: str | None
     start: str | None
     end: str | None
@@ -99,6 +110,35 @@ class Layout:
             f"{record.file.name}:{record.line}",
             extras,
         )
+
+    def columns(self, batch: pa.RecordBatch) -> dict[str, pa.Array] | None:
+        """What `row` gives of every row, as columns without origin; None where some value needs a
+        closer look, which `row` takes."""
+        wanted: dict[str, tuple[str | None, Kind]] = {
+            "uri": (self.uri_column, "str"),
+            "caption": (self.caption, "str"),
+            "start": (self.start, "float"),
+            "end": (self.end, "float"),
+        }
+        wanted |= {extra.name: (extra.column, extra.kind) for extra in self.extras}
+        found: dict[str, pa.Array] = {}
+        for name, (column, kind) in wanted.items():
+            if column is None and name == "uri":
+                return None
+            if column is not None:
+                values = batch.column(column)
+                if not _EXACT[kind](values.type):
+                    return None
+                found[name] = values
+        blank = pc.equal(pc.utf8_trim_whitespace(found["uri"]), "")
+        found["uri"] = pc.if_else(blank, pa.scalar(None, found["uri"].type), found["uri"])
+        for name in {"start", "end"} & found.keys():
+            known = found[name].cast(pa.float64())
+            known = pc.if_else(pc.is_nan(known), pa.scalar(None, pa.float64()), known)
+            if pc.any(pc.greater_equal(pc.abs(known), 1e12)).as_py():
+                return None
+            found[name] = known
+        return found
 
     def _caption(self, record: Record) -> str | None:
         if self.caption is None:
@@ -133,6 +173,7 @@ def lay_out(table: Table, columns: Columns, keep: Keep, *, openvid: bool = False
     direct = {name for name in roles.values() if name in kinds}
     return Layout(
         uri=_filled(pattern, parts) if parts else _single(pattern),
+        uri_column=None if parts else pattern,
         caption=roles["caption"],
         start=roles["start"],
         end=roles["end"],

@@ -3,26 +3,57 @@
 The pool of units only grows. A scan compares the table with the pool: new rows make new units, a
 changed row is committed again in its old unit, a row that left the table is marked there, and a row
 that came back is the row it was. So adding 1,000 videos to a million costs 1,000.
+
+Nothing here grows with the rows but a byte for each: the table is read in Arrow batches and spilled
+to a temporary folder, parted by clip id, and compared with the pool one part at a time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from manifests.log import Commit, Counts, Log, standing
-from manifests.schema import ABSENT, KEPT, OUTCOME, REJECTED, SOURCE, clip_id, digest, row_key
-from manifests.sources import SourceRow, SourceSettings, extras_schema, read, signature
+from manifests.credentials import Credentials
+from manifests.joins import array, current, scattered
+from manifests.ledger import Ledger
+from manifests.log import Log, standing
+from manifests.reconcile import (
+    CHANGED,
+    CLAIM,
+    KNOWN,
+    NEW,
+    STAGED,
+    between,
+    compare,
+    repeated,
+    spill_pool,
+)
+from manifests.redact import cleaned, part
+from manifests.schema import (
+    KEPT,
+    OUTCOME,
+    REJECTED,
+    SOURCE,
+    clip_ids,
+    digest,
+    row_keys,
+)
+from manifests.sources import SourceSettings, extras_schema, read_tables, signature
 from manifests.store import Store, StoreError
-from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer
+from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer, tally
 
-MIN_UNIT, MAX_UNIT = 4, 1024
+MIN_UNIT, MAX_UNIT = 4, 4096
 SCANS = "source/scans"
+_ROWS = 1 << 16  # rows that are judged and spilled at once
 
 
 @dataclass(frozen=True)
@@ -35,15 +66,7 @@ class Scan:
     changed: int
     gone: int
     units: list[str] = field(default_factory=list)  # the new ones
-
-
-@dataclass
-class _Known:
-    """One row of the pool, as small as it gets: there may be millions."""
-
-    unit: str
-    key: str
-    absent: bool = field(default=False)
+    secrets: int = 0  # rows whose URI holds some: they are in `manifests.credentials`
 
 
 def source_layer(extras: pa.Schema | None = None) -> Layer:
@@ -100,15 +123,18 @@ def scan(
 ) -> Scan:
     """Brings the pool up to the source; does nothing where the source has not changed since.
 
-    `size` fixes the rows of a new unit. Raises SourceError for a source that can't be read: then
-    the pool is as it was, but for rows that were new and are in the table all the same.
+    `size` fixes the rows of a new unit; `progress` is told the rows read so far. Raises SourceError
+    for a source that can't be read: then the pool is as it was.
     """
     now = source_signature(settings)
     while True:
         before = scans(store)
-        if before and before[-1].signature == now:
-            return Scan(now, before[-1].rows, 0, 0, 0)
-        done = _scan(store, settings, now, {u for s in before for u in s.units}, size, progress)
+        lost = before and before[-1].secrets and not Credentials(store.url)
+        if before and before[-1].signature == now and not lost:
+            return Scan(now, before[-1].rows, 0, 0, 0, secrets=before[-1].secrets)
+        units = {unit for scan in before for unit in scan.units}
+        with tempfile.TemporaryDirectory(prefix="vidpipe-scan-") as folder:
+            done = _scan(store, settings, now, units, size, progress, Path(folder))
         record = json.dumps(asdict(done)).encode()
         if store.create(f"{SCANS}/{len(before):06d}.json", record):
             return done
@@ -121,145 +147,208 @@ def _scan(
     units: set[str],
     size: int | None,
     progress: Callable[[int], None],
+    folder: Path,
 ) -> Scan:
     """Commits what the source has and the pool of `units` has not; says what that was."""
-    extras = extras_schema(settings)
-    schema = pa.schema([*OUTCOME, *source_layer(extras).adds])
+    schema = pa.schema([*OUTCOME, *source_layer(extras_schema(settings)).adds])
     log = source_log(store)
-    known = _pool(log, units)
-    changes: dict[str, list[dict[str, Any]]] = {}
-    seen: set[str] = set()
-    fresh: list[dict[str, Any]] = []
-    rows = changed = 0
-    for row in _rows(read(settings), seen):
-        rows += 1
-        progress(rows)
-        old = known.get(row["clip_id"])
-        if old is None:
-            fresh.append(row)
-        elif old.absent or old.key != row["row_key"]:
-            changed += 1
-            changes.setdefault(old.unit, []).append(row)
-    made = []
-    for number, batch in enumerate(_batches(fresh, size or unit_size(len(fresh))), len(units)):
-        # Numbered, so that units sort as the source does; named by what is in them, so that one
-        # of that name from a scan that broke off, or from another driver, is this very unit.
-        content = [[row["clip_id"], row["row_key"]] for row in batch]
-        made.append(f"{number:06d}-{digest(['unit', *content], 12)}")
-        if not log.commits(made[-1]):
-            _commit(log, made[-1], batch, schema)
-    gone = 0
-    for clip, old in known.items():
-        if clip not in seen and not old.absent:
-            gone += 1
-            changes.setdefault(old.unit, []).append(
-                _settled({"clip_id": clip}, old.key, ABSENT, "gone", "no longer in the source")
+    with (
+        Ledger(folder / "staged", "clip_id", STAGED) as staged,
+        Ledger(folder / "known", "clip_id", KNOWN) as known,
+        Ledger(folder / "claims", "clip_id", CLAIM) as claims,
+        Ledger(folder / "changes", "unit", schema.append(pa.field("unit", pa.string()))) as changes,
+    ):
+        source = _Public(store, settings)
+        rows = _stage(source, schema, folder / "rows.parquet", staged, progress)
+        repeats = repeated(staged)
+        claims.add(repeats)
+        spill_pool(log, units, known)
+        verdict, where, gone = compare(staged, claims, known, repeats, changes, rows)
+        new, changed = (int(np.count_nonzero(verdict == what)) for what in (NEW, CHANGED))
+        made: list[str] = []
+        fresh = _fresh(folder / "rows.parquet", verdict, repeats, where, changes)
+        for batch in _cut(fresh, size or unit_size(new)):
+            # Numbered, so that units sort as the source does; named by what is in them, so that one
+            # of that name from a scan that broke off, or from another driver, is this very unit.
+            made.append(f"{len(units) + len(made):06d}-{_content(batch)}")
+            if not log.commits(made[-1]):
+                _commit(log, made[-1], batch)
+        for bucket in changes.buckets():
+            for unit in pc.unique(bucket.column("unit")).to_pylist():
+                own = bucket.filter(pc.equal(bucket.column("unit"), unit))
+                _commit(log, unit, own.drop_columns("unit"))
+    return Scan(now, rows, new, changed, gone, made, source.secrets)
+
+
+class _Public:
+    """The source's rows without secrets: these go to `manifests.credentials`, before any row that
+    needs them counts."""
+
+    def __init__(self, store: Store, settings: SourceSettings) -> None:
+        self._credentials, self._settings = Credentials(store.url), settings
+        self.secrets = 0
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for table in read_tables(self._settings):
+            if self._settings.kind == "folder":  # whose URIs are names of files
+                yield table
+                continue
+            uris, pairs = part(array(table, "uri"))
+            self._credentials.keep(pairs)
+            self.secrets += len(pairs)
+            parted = {
+                f.name: cleaned(array(table, f.name))
+                for f in table.schema
+                if pa.types.is_string(f.type) and f.name != "uri"
+            }
+            parted["uri"] = uris
+            columns = [parted.get(n, table.column(n)) for n in table.column_names]
+            yield pa.table(columns, schema=table.schema)
+
+
+def _stage(
+    source: Iterable[pa.Table],
+    schema: pa.Schema,
+    file: Path,
+    staged: Ledger,
+    progress: Callable[[int], None],
+) -> int:
+    """Writes the source's rows, judged one by one, to `file`, and the ids that they claim to
+    `staged`; returns how many there are."""
+    rows = 0
+    with pq.ParquetWriter(file, schema, compression="lz4") as writer:
+        for batch in _cut(source, _ROWS):
+            table = judge(batch, schema)
+            numbers = pa.array(np.arange(rows, rows + len(table)))
+            rows += len(table)
+            writer.write_table(table)
+            staged.add(
+                table.select(["clip_id", "row_key", "origin"])
+                .append_column("number", numbers)
+                .append_column("kept", pc.equal(table.column("outcome"), KEPT))
             )
-    for unit, batch in changes.items():
-        _commit(log, unit, batch, schema)
-    return Scan(now, rows, len(fresh), changed, gone, made)
+            progress(rows)
+    return rows
 
 
-def _rows(source: Iterable[SourceRow], seen: set[str]) -> Iterator[dict[str, Any]]:
-    """Source rows with id, key and outcome; a repeated or empty one is rejected under an id of its
-    own, so that each row of the table is in the account."""
-    first: dict[str, str] = {}
-    for source_row in source:
-        values = {
-            "uri": source_row.uri,
-            "caption": source_row.caption,
-            "start": source_row.start,
-            "end": source_row.end,
-            "version": source_row.version,
-            **source_row.extras,
-        }
-        key = row_key(v for pair in sorted(values.items()) for v in pair)
-        outcome, reason, message = KEPT, None, None
-        own = clip_id(source_row.uri or "", source_row.start, source_row.end)
-        if source_row.flaw:
-            outcome, reason, message = REJECTED, "unreadable_text", source_row.flaw
-        elif not source_row.uri:
-            outcome, reason = REJECTED, "no_uri"
-            message = f"{source_row.origin} names no video"
-        elif not _is_section(source_row.start, source_row.end):
-            outcome, reason = REJECTED, "bad_section"
-            message = (
-                f"{source_row.origin} asks for {source_row.start} s to {source_row.end} s: "
-                "a section begins at 0 or later and ends after it begins"
-            )
-        elif own in first:
-            outcome, reason = REJECTED, "duplicate"
-            message = f"{source_row.origin} repeats the clip of {first[own]}"
-        else:
-            first[own] = source_row.origin
-        n = 0
-        unique = own
-        while unique in seen:
-            n += 1
-            unique = digest(["repeat", own, n], 24)
-        seen.add(unique)
-        values |= {"clip_id": unique, "origin": source_row.origin}
-        yield _settled(values, key, outcome, reason, message)
-
-
-def _is_section(start: float | None, end: float | None) -> bool:
-    begin = start or 0.0
-    return begin >= 0 and (end is None or end > begin)
-
-
-def _settled(
-    values: dict[str, Any], key: str, outcome: str, reason: str | None, message: str | None
-) -> dict[str, Any]:
-    return {
-        **values,
-        "row_key": key,
-        "outcome": outcome,
+def judge(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Source rows as rows of the source's manifest: with id and key; rejected where they name no
+    video, no section of one, or a caption that can't be read."""
+    uri, start, end, flaw = (array(table, n) for n in ("uri", "start", "end", "flaw"))
+    begin = pc.fill_null(start, 0.0)
+    section = pc.and_(pc.greater_equal(begin, 0.0), pc.fill_null(pc.greater(end, begin), True))
+    reason = pc.case_when(
+        pc.make_struct(pc.is_valid(flaw), pc.is_null(uri), pc.invert(section)),
+        "unreadable_text", "no_uri", "bad_section",
+    )  # fmt: skip
+    message = pa.nulls(len(table), pa.string())
+    if reason.null_count < len(table):
+        told = zip(*(c.to_pylist() for c in (reason, array(table, "origin"), start, end, flaw)))
+        message = pa.array([_told(*each) for each in told], pa.string())
+    values = sorted(name for name in table.column_names if name not in ("flaw", "origin"))
+    # The columns' names are in the key: the same values under another name are another row.
+    named = table.append_column("", pa.repeat(digest(values), len(table)))
+    own = {
+        "clip_id": clip_ids(pc.fill_null(uri, ""), start, end),
+        "parent_id": pa.nulls(len(table), pa.string()),
+        "row_key": row_keys(named, ["", *values]),
+        "outcome": pc.if_else(pc.is_valid(reason), pa.scalar(REJECTED), pa.scalar(KEPT)),
         "reason": reason,
         "message": message,
-        "attempts": 1,
+        "attempts": pa.repeat(pa.scalar(1, pa.int32()), len(table)),
     }
+    columns = [own[f.name] if f.name in own else table.column(f.name).cast(f.type) for f in schema]
+    return pa.table(columns, schema=schema)
 
 
-def _pool(log: Log, units: set[str]) -> dict[str, _Known]:
-    """Every row that was ever taken in, with its last state."""
-    known: dict[str, _Known] = {}
-    for unit in units:
-        for commit in standing(log.commits(unit)):
-            table = log.store.read_parquet(
-                log.data_name(unit, commit), ["clip_id", "row_key", "outcome"]
+def _told(
+    reason: str | None, origin: str, start: float | None, end: float | None, flaw: str | None
+) -> str | None:
+    match reason:
+        case "unreadable_text":
+            return flaw
+        case "no_uri":
+            return f"{origin} names no video"
+        case "bad_section":
+            return (
+                f"{origin} asks for {start} s to {end} s: "
+                "a section begins at 0 or later and ends after it begins"
             )
-            for clip, key, outcome in zip(*(column.to_pylist() for column in table.columns)):
-                known[clip] = _Known(unit, key, outcome == ABSENT)
-    return known
+    return None
 
 
-def _commit(log: Log, unit: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def _fresh(
+    file: Path, verdict: np.ndarray, repeats: pa.Table, where: pa.Table, changes: Ledger
+) -> Iterator[pa.Table]:
+    """The new rows in the source's order; those that have changed go to `changes`."""
+    first = 0
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(_ROWS):
+            table = pa.table(batch)
+            last = first + len(table)
+            table = _renamed(table, between(repeats, first, last), first)
+            own = verdict[first:last]
+            altered = between(where, first, last)
+            if len(altered):
+                rows = pc.subtract(altered.column("number"), first)
+                units = altered.column("unit")
+                changes.add(table.take(rows).append_column("unit", units))
+            if own.any():
+                yield table if (own == NEW).all() else table.filter(pa.array(own == NEW))
+            first = last
+
+
+def _renamed(table: pa.Table, repeats: pa.Table, first: int) -> pa.Table:
+    """The rows with the repeats among them under their own ids, and rejected."""
+    if not len(repeats):
+        return table
+    at = pc.subtract(repeats.column("number"), first).combine_chunks()
+    place = scattered(at, len(table))
+    twice = pc.is_valid(array(repeats, "message").take(place))
+    changed = {
+        "clip_id": pc.coalesce(array(repeats, "clip_id").take(place), array(table, "clip_id")),
+        "outcome": pc.if_else(twice, pa.scalar(REJECTED), array(table, "outcome")),
+        "reason": pc.if_else(twice, pa.scalar("duplicate"), array(table, "reason")),
+        "message": pc.coalesce(array(repeats, "message").take(place), array(table, "message")),
+    }
+    columns = [changed.get(f.name, table.column(f.name)) for f in table.schema]
+    return pa.table(columns, schema=table.schema)
+
+
+def _cut(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size`; the last may be shorter."""
+    waiting: list[pa.Table] = []
+    there = 0
+    for table in tables:
+        waiting.append(table)
+        there += len(table)
+        if there >= size:
+            whole = pa.concat_tables(waiting)
+            cut = there - there % size
+            for start in range(0, cut, size):
+                yield whole.slice(start, size).combine_chunks()
+            waiting, there = [whole.slice(cut)], there - cut
+    if there:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _content(batch: pa.Table) -> str:
+    """12 digits of a hash over the clips and their keys."""
+    whole = hashlib.sha256()
+    for name in ("clip_id", "row_key"):
+        whole.update("".join(batch.column(name).to_pylist()).encode())
+    return whole.hexdigest()[:12]
+
+
+def _commit(log: Log, unit: str, rows: pa.Table) -> None:
     """Appends `rows` to a unit. The counts are those of the whole unit after it."""
-    table = pa.Table.from_pylist(rows, schema=schema)
     while True:
         commits = log.commits(unit)
-        counts = _counts(log, unit, commits, table)
-        if log.append(unit, len(commits), "", counts, table) is not None:
+        tables = [log.store.read_parquet(log.data_name(unit, c)) for c in standing(commits)]
+        columns = ["clip_id", "outcome", "reason"]
+        state = current([table.select(columns) for table in (*tables, rows)])
+        counts = tally(array(state, "outcome"), array(state, "reason"))
+        if log.append(unit, len(commits), "", counts, rows) is not None:
             return
         if not commits:
             return  # another driver took in the same new rows: the unit's name says so
-
-
-def _counts(log: Log, unit: str, commits: list[Commit], table: pa.Table) -> Counts:
-    last: dict[str, tuple[str, str | None]] = {}
-    columns = ["clip_id", "outcome", "reason"]
-    tables = [log.store.read_parquet(log.data_name(unit, c), columns) for c in standing(commits)]
-    for part in (*tables, table.select(columns)):
-        for clip, outcome, reason in zip(*(column.to_pylist() for column in part.columns)):
-            last[clip] = (outcome, reason)
-    counts = Counts()
-    for outcome, reason in last.values():
-        if outcome != ABSENT:
-            counts.add(outcome, reason)
-    return counts
-
-
-def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -38,17 +38,17 @@ class Counts:
     failed: dict[str, int] = field(default_factory=dict)
     pending: int = 0
 
-    def add(self, outcome: str | None, reason: str | None) -> None:
-        """Counts one row; `outcome` None is a pending one."""
-        self.total += 1
+    def add(self, outcome: str | None, reason: str | None, rows: int = 1) -> None:
+        """Counts `rows`; `outcome` None is pending."""
+        self.total += rows
         if outcome == KEPT:
-            self.kept += 1
+            self.kept += rows
         elif outcome == REJECTED:
-            self.rejected[reason or ""] = self.rejected.get(reason or "", 0) + 1
+            self.rejected[reason or ""] = self.rejected.get(reason or "", 0) + rows
         elif outcome == FAILED:
-            self.failed[reason or ""] = self.failed.get(reason or "", 0) + 1
+            self.failed[reason or ""] = self.failed.get(reason or "", 0) + rows
         else:
-            self.pending += 1
+            self.pending += rows
 
     def __iadd__(self, other: Counts) -> Counts:
         self.total += other.total
@@ -167,14 +167,19 @@ class Log:
             lines.append(json.dumps(values, sort_keys=True))
         if loose < max(_LOOSE_COMMITS, total // 4):
             return 0
-        number = len(self.snapshots())
-        name = f"{self.prefix}/{SNAPSHOTS}/{number:06d}.jsonl"
-        self.store.create(name, "\n".join(lines).encode())
+        self.store.create(self.next_snapshot(), "\n".join(lines).encode())
         return total
+
+    def next_snapshot(self) -> str:
+        """The name after the last one's; those before it may have been collected."""
+        names = self.snapshots()
+        number = int(names[-1][-12:-6]) + 1 if names else 0
+        return f"{self.prefix}/{SNAPSHOTS}/{number:06d}.jsonl"
 
     def snapshots(self) -> list[str]:
         """The names of all snapshots; the last one counts."""
-        return self.store.find(f"{self.prefix}/{SNAPSHOTS}")
+        found = self.store.find(f"{self.prefix}/{SNAPSHOTS}")
+        return [name for name in found if name.endswith(".jsonl")]
 
     def _snapshot(self) -> Mapping[str, bytes]:
         names = self.snapshots()
@@ -223,6 +228,8 @@ class Log:
             dict(seconds), time.time(), list(voids),
         )  # fmt: skip
         if self.store.create(f"{self.prefix}/{unit}/{seq:06d}.json", commit.to_json()):
+            if table is not None:
+                self.store.remember(f"{self.prefix}/{unit}/{data}", table)
             return commit
         if data is not None:
             self.store.delete(f"{self.prefix}/{unit}/{data}")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 KEPT = "kept"
 REJECTED = "rejected"
@@ -69,6 +70,20 @@ def clip_id(uri: str, start: float | None = None, end: float | None = None) -> s
     return digest(["clip", uri, start, end], 24)
 
 
+def clip_ids(uri: pa.StringArray, start: pa.DoubleArray, end: pa.DoubleArray) -> pa.StringArray:
+    """`clip_id` of every row; `uri` has no nulls."""
+    if start.null_count == end.null_count == len(uri):
+        # The text that is hashed, without its detour through JSON where nothing needs an escape.
+        plain = pc.invert(pc.match_substring_regex(uri, r'["\\\x00-\x1f]'))
+        if pc.all(plain).as_py():
+            texts = pc.binary_join_element_wise('["clip","', uri, '",null,null]', "")
+            hashed = hashlib.sha256
+            data = texts.cast(pa.binary()).to_pylist()
+            return pa.array([hashed(text).hexdigest()[:24] for text in data], pa.string())
+    rows = zip(uri.to_pylist(), start.to_pylist(), end.to_pylist())
+    return pa.array([clip_id(*row) for row in rows], pa.string())
+
+
 def child_id(parent: str, start: float | None, end: float | None) -> str:
     """The id of a part of a clip, for stages that split: scenes, windows."""
     return digest(["child", parent, start, end], 24)
@@ -105,8 +120,40 @@ def row_key(values: Iterable[Any]) -> str:
     return hashlib.blake2b(b"".join(map(_encode, values)), digest_size=8).hexdigest()
 
 
-def row_keys(table: pa.Table, columns: Sequence[str]) -> list[str]:
-    """The row key of every row of `table` over `columns`, in their given order."""
+def row_keys(table: pa.Table, columns: Sequence[str]) -> pa.StringArray:
+    """The row key of every row of `table` over `columns`, in their given order: what `row_key`
+    gives of their values, for a whole table at once."""
     if not columns:
-        return [row_key(())] * table.num_rows
-    return [row_key(v) for v in zip(*(table.column(c).to_pylist() for c in columns), strict=True)]
+        return pa.array([row_key(())] * table.num_rows, pa.string())
+    encoded = [_encoded(table.column(name).combine_chunks()) for name in columns]
+    joined = encoded[0] if len(encoded) == 1 else _joined(*encoded)
+    hashed = hashlib.blake2b
+    keys = [hashed(value, digest_size=8).hexdigest() for value in joined.to_pylist()]
+    return pa.array(keys, pa.string())
+
+
+def _joined(*parts: Any) -> pa.BinaryArray:
+    return pc.binary_join_element_wise(*parts, pa.scalar(b"", pa.binary()))
+
+
+def _encoded(column: pa.Array) -> pa.BinaryArray:
+    """`_encode` of every value of a column."""
+    kind, types = column.type, pa.types
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        data = column.cast(pa.string()).cast(pa.binary())
+        length = pc.binary_length(data).cast(pa.string()).cast(pa.binary())
+        encoded = _joined(b"s", length, b":", data)
+    elif types.is_boolean(kind):
+        encoded = pc.if_else(column, pa.scalar(b"t", pa.binary()), pa.scalar(b"f", pa.binary()))
+    elif types.is_integer(kind):
+        encoded = _joined(b"i", column.cast(pa.string()).cast(pa.binary()), b";")
+    elif types.is_floating(kind):
+        raw = pc.fill_null(column.cast(pa.float64()), 0.0).to_numpy(zero_copy_only=False)
+        data = pa.Array.from_buffers(
+            pa.binary(8), len(raw), [None, pa.py_buffer(raw.astype("<f8"))]
+        )
+        known = pc.is_valid(column)
+        encoded = pc.if_else(known, _joined(b"d", data.cast(pa.binary())), None)
+    else:
+        return pa.array([_encode(value) for value in column.to_pylist()], pa.binary())
+    return pc.fill_null(encoded, pa.scalar(b"n", pa.binary()))

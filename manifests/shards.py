@@ -12,15 +12,18 @@ ever used together with the clip id that must stand there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from manifests.faults import StoreError, unusable
 
 # Columns that the encode stage adds.
 LATENTS = pa.schema(
@@ -118,15 +121,36 @@ class Index:
         spec = LatentSpec.from_json(facts.pop("spec"))
         return cls(facts.pop("workdir"), table, spec, facts)
 
-    def save(self, url: str) -> None:
-        """Writes it whole under another name first: an index is there or it is not."""
-        fs, path = fsspec.core.url_to_fs(url)
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        facts = {**self.facts, "workdir": self.workdir, "spec": self.spec.to_json()}
-        part = f"{path}.{uuid.uuid4().hex}.part"  # two runs may end at the same moment
-        with fs.open(part, "wb") as file:
-            pq.write_table(with_facts(self.table, facts), file, compression="zstd")
+
+def write_index(
+    url: str, workdir: str, tables: Iterable[pa.Table], spec: LatentSpec, facts: dict[str, Any]
+) -> int:
+    """Writes an index of `tables`, each with the columns of INDEX; returns its rows.
+
+    Written whole under another name first: an index is there or it is not. Raises StoreUnusable.
+    """
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    known = {**facts, "workdir": workdir, "spec": spec.to_json()}
+    schema = with_facts(INDEX.empty_table(), known).schema
+    part = f"{path}.{uuid.uuid4().hex}.part"  # two runs may end at the same moment
+    rows = 0
+    try:
+        with (
+            fs.open(part, "wb") as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
+            for table in tables:
+                writer.write_table(table.cast(INDEX).replace_schema_metadata(schema.metadata))
+                rows += len(table)
         fs.mv(part, path)
+    except Exception as error:  # each driver has its own
+        with contextlib.suppress(Exception):
+            fs.rm_file(part)
+        if isinstance(error, StoreError):  # of what was to be written
+            raise
+        raise unusable(error, "write", url) from error
+    return rows
 
 
 def with_facts(table: pa.Table, facts: dict[str, Any]) -> pa.Table:

@@ -8,17 +8,19 @@ formats, `columns` says which column is what. Published tables need only `kind` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Literal, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from manifests import listing
 from manifests.columns import Columns, Keep, Layout, SourceRow, lay_out
 from manifests.json_tables import JsonTable
-from manifests.schema import digest
-from manifests.tables import CsvTable, ParquetTable, SourceError, Table
+from manifests.schema import SOURCE, digest
+from manifests.tables import CsvTable, ParquetTable, SourceError, Table, records_of
 
 __all__ = [
     "Columns",
@@ -27,11 +29,13 @@ __all__ = [
     "SourceSettings",
     "extras_schema",
     "read",
+    "read_tables",
     "resolve_root",
     "signature",
 ]
 
 _VERSION = 1  # bump when the same files give other rows
+_PART = 8192  # rows of a table made of rows
 _TABLES = frozenset({"csv", "jsonl", "parquet", "openvid"})
 
 _ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
@@ -125,6 +129,42 @@ def read(settings: SourceSettings) -> Iterator[SourceRow]:
         layout = _layout(settings, table)
         for record in table.records(layout.needed):
             yield layout.row(record)
+
+
+def read_tables(settings: SourceSettings) -> Iterator[pa.Table]:
+    """What `read` gives, as Arrow tables of some thousand rows: the columns of SOURCE but the id,
+    `flaw`, and the extras. Raises SourceError, also in the middle."""
+    if settings.kind == "parquet":
+        table = ParquetTable(listing.files(settings.path))
+        layout = _layout(settings, table)
+        extras = pa.schema([pa.field(e.name, _ARROW[e.kind]) for e in layout.extras])
+        schema = _rows_schema(extras)
+        for file, line, batch in table.batches(layout.needed):
+            columns = layout.columns(batch)
+            if columns is None:  # some value needs a closer look
+                yield _as_table(map(layout.row, records_of(file, line, batch)), schema)
+                continue
+            lines = pa.array(range(line, line + len(batch))).cast(pa.string())
+            columns["origin"] = pc.binary_join_element_wise(file.name, lines, ":")
+            yield pa.table(
+                [columns.get(f.name, pa.nulls(len(batch))).cast(f.type) for f in schema],
+                schema=schema,
+            )
+        return
+    schema = _rows_schema(extras_schema(settings))
+    rows = read(settings)
+    while part := list(islice(rows, _PART)):
+        yield _as_table(part, schema)
+
+
+def _rows_schema(extras: pa.Schema) -> pa.Schema:
+    own = [f for f in SOURCE if f.name != "clip_id"]
+    return pa.schema([*own, pa.field("flaw", pa.string()), *extras])
+
+
+def _as_table(rows: Iterable[SourceRow], schema: pa.Schema) -> pa.Table:
+    values = [row._asdict() | row.extras for row in rows]
+    return pa.Table.from_pylist(values, schema)
 
 
 def signature(settings: SourceSettings) -> str:

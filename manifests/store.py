@@ -1,24 +1,31 @@
 """The workdir: objects that are created once, whole and durable, and Parquet files.
 
 Local paths and NFS use a temporary file, fsync and `os.link`; any other fsspec store must have a
-conditional put (`mode="create"`: If-None-Match on S3 and GCS).
+conditional put (`mode="create"`: If-None-Match on S3 and GCS). Listings are never cached: what
+another process has committed must be seen.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from manifests import durable
+from manifests.faults import StoreError as StoreError
+from manifests.faults import StoreUnusable as StoreUnusable
+from manifests.faults import bare, unusable
 
 # A loader reads whole row groups: large enough for sequential reads, small enough for a few in RAM.
 ROW_GROUP_BYTES = 16 << 20
@@ -26,8 +33,12 @@ ROW_GROUP_BYTES = 16 << 20
 _CACHE_BYTES = 64 << 20
 
 
-class StoreError(Exception):
-    """The workdir can't be used as it is; the message says what, why and what to do."""
+@dataclass(frozen=True)
+class Listed:
+    """What a listing tells of an object."""
+
+    size: int  # bytes
+    modified: float  # seconds since the epoch; infinite where the store does not say
 
 
 class Store:
@@ -36,9 +47,9 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
+            self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ValueError, ImportError) as error:
-            raise StoreError(f"workdir {url} can't be used: {error}") from error
+            raise StoreError(f"workdir {bare(url)} can't be used: {error}") from error
         self.local = "file" in _protocols(self.fs)
         self._tables = _Tables()
         self._snapshots: dict[str, tuple[str, dict[str, bytes]]] = {}
@@ -52,30 +63,28 @@ class Store:
     def create(self, name: str, data: bytes) -> bool:
         """Creates the object whole and durable; False if another one of that name is there."""
         if not self.local:
-            try:
-                self.fs.pipe_file(self.path(name), data, mode="create")
-            except FileExistsError:
-                return self._is_ours(name, data)
-            except (TypeError, NotImplementedError, ValueError) as error:
-                raise StoreError(
-                    f"{self.url} has no conditional put, so commits there could overwrite each "
-                    "other: use a local or NFS folder, S3, GCS or another store that has one"
-                ) from error
-            return True
+            return self._create_remote(name, data)
         path = Path(self.path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            with part.open("wb") as file:
-                file.write(data)
-                _sync(file)
+        with self._told("write", name), durable.part_of(path, data) as part:
             try:
-                os.link(part, path)
+                durable.link(part, path)
             except FileExistsError:
                 return self._is_ours(name, data)
-        finally:
-            part.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+            durable.sync_folder(path.parent)
+        return True
+
+    def _create_remote(self, name: str, data: bytes) -> bool:
+        try:
+            self.fs.pipe_file(self.path(name), data, mode="create")
+        except (TypeError, NotImplementedError, ValueError) as error:
+            raise StoreError(self._no_conditional_put()) from error
+        except Exception as error:  # noqa: BLE001  each driver has its own
+            # Refused, or the answer was lost, and not every server says which: what stands there
+            # now tells. If nothing does, the object may yet appear, and its data must stay.
+            try:
+                return self._is_ours(name, data)
+            except FileNotFoundError:
+                raise unusable(error, "write", self._place(name)) from error
         return True
 
     def _is_ours(self, name: str, data: bytes) -> bool:
@@ -83,20 +92,83 @@ class Store:
         object. Commits bear an attempt's id, so equal bytes are the same attempt."""
         return self.read(name) == data
 
+    def prove(self) -> None:
+        """Raises StoreError where objects can't be created, or not exclusively: some stores that
+        speak S3 ignore the condition of a put, and then two drivers lose each other's work."""
+        name = f".probe/{uuid.uuid4().hex}"
+        try:
+            if not self.create(name, b"first") or self.create(name, b"second"):
+                raise StoreError(self._no_conditional_put())
+        finally:
+            with contextlib.suppress(StoreError):
+                self.delete(name)
+
+    def _no_conditional_put(self) -> str:
+        return (
+            f"{bare(self.url)} has no conditional put, so commits there could overwrite each "
+            "other: use a local or NFS folder, S3, GCS or another store that has one"
+        )
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes the object whole, over what was there."""
+        with self._told("write", name):
+            if not self.local:
+                self.fs.pipe_file(self.path(name), data)
+                return
+            path = Path(self.path(name))
+            with durable.part_of(path, data) as part:
+                part.replace(path)
+
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
-        return cast(bytes, self.fs.cat_file(self.path(name)))
+        with self._told("read", name, missing=True):
+            return cast(bytes, self.fs.cat_file(self.path(name)))
 
     def find(self, prefix: str) -> list[str]:
         """The names of all objects under `prefix`, sorted; empty where there are none."""
         if self.local:
-            return sorted(_walk(self.path(prefix), prefix))
-        try:
-            paths = self.fs.find(self.path(prefix))
-        except FileNotFoundError:
-            return []
+            with self._told("list", prefix):
+                return sorted(_walk(self.path(prefix), prefix))
+        return sorted(self._found(prefix))
+
+    def listing(self, prefix: str) -> dict[str, Listed]:
+        """Every object under `prefix` with its length and age, in the order of names."""
+        found = {}
+        for name in self.find(prefix) if self.local else ():
+            with contextlib.suppress(FileNotFoundError):
+                info = Path(self.path(name)).lstat()
+                found[name] = Listed(info.st_size, info.st_mtime)
+        for name, facts in sorted(({} if self.local else self._found(prefix)).items()):
+            found[name] = Listed(int(facts["size"]), _modified(facts))
+        return found
+
+    def _found(self, prefix: str) -> dict[str, dict[str, Any]]:
+        with self._told("list", prefix, missing=True):
+            try:
+                found = self.fs.find(self.path(prefix), detail=True)
+            except FileNotFoundError:
+                return {}
         cut = len(self.root) + 1
-        return sorted(path[cut:] for path in paths)
+        return {path[cut:]: facts for path, facts in found.items()}
+
+    @contextlib.contextmanager
+    def _told(self, what: str, name: str, missing: bool = False) -> Iterator[None]:
+        """Turns a driver's exceptions into StoreUnusable; with `missing`, not that an object is
+        not there."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:
+            # Drivers raise what their libraries do: OSError, botocore's own, aiohttp's own.
+            if isinstance(error, pa.ArrowException) or (
+                missing and isinstance(error, FileNotFoundError)
+            ):
+                raise
+            raise unusable(error, what, self._place(name)) from error
+
+    def _place(self, name: str) -> str:
+        return self.path(name) if self.local else f"{self.url.rstrip('/')}/{name}"
 
     def snapshot(self, name: str) -> Mapping[str, bytes]:
         """The lines of a snapshot by unit. Snapshots never change: the last of each log is kept."""
@@ -109,7 +181,7 @@ class Store:
         return kept[1]
 
     def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with self._told("delete", name), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
     def write_parquet(self, name: str, table: pa.Table) -> tuple[str, int]:
@@ -117,13 +189,12 @@ class Store:
 
         Payload (binary columns) is neither compressed nor dictionary-encoded: latents are noise.
         """
-        if self.local:
-            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
         payload = {f.name for f in table.schema if pa.types.is_binary(f.type)}
         rest = [n for n in table.column_names if n not in payload]
         row_bytes = table.nbytes / max(1, table.num_rows)
-        with self.fs.open(self.path(name), "wb") as file:
-            hashed = _HashingFile(file)
+        path = self.path(name)
+        opened = durable.writing(Path(path)) if self.local else durable.uploading(self.fs, path)
+        with self._told("write", name), opened as hashed:
             pq.write_table(
                 table,
                 hashed,
@@ -132,9 +203,12 @@ class Store:
                 write_statistics=rest,
                 row_group_size=max(1, int(ROW_GROUP_BYTES // max(1.0, row_bytes))),
             )
-            if self.local:
-                _sync(file)
         return hashed.sha256.hexdigest(), hashed.length
+
+    def remember(self, name: str, table: pa.Table) -> None:
+        """Spares `read_parquet` the file that was just written, for all columns but payload."""
+        light = [f.name for f in table.schema if not pa.types.is_binary(f.type)]
+        self._tables.put(name, light, table.select(light).replace_schema_metadata(None))
 
     def read_parquet(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Raises StoreError, naming the file, where it is missing or damaged."""
@@ -142,16 +216,16 @@ class Store:
         if known is not None:
             return known
         try:
-            with self.fs.open(self.path(name), "rb") as file:
+            with self._told("read", name, missing=True), self.fs.open(self.path(name)) as file:
                 # A unit's columns are small: handing them to threads takes longer than they do.
                 read = pq.ParquetFile(file).read(columns and list(columns), use_threads=False)
                 table = read.replace_schema_metadata(None)
                 self._tables.put(name, columns, table)
                 return table
-        except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise StoreError(
-                f"{self.path(name)}, which a commit names, can't be read: {error}. "
-                "Delete that unit's folder (of the source: source/scans too) to have it made again."
+                f"{self._place(name)}, which a commit names, can't be read: {error}. "
+                "`vidpipe verify --repair` has what is damaged made again."
             ) from error
 
 
@@ -203,54 +277,16 @@ def _walk(path: str, name: str) -> Iterator[str]:
         yield name
 
 
-class _HashingFile:
-    """Passes writes on and hashes them: no second read of what may be gigabytes."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.length = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self.sha256.update(view)
-        self.length += view.nbytes
-        self._file.write(view)
-        return view.nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        """The owner of the wrapped file closes it."""
-
-    def tell(self) -> int:
-        return self.length
-
-    def writable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return False
-
-    def seekable(self) -> bool:
-        return False
-
-
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _modified(facts: Mapping[str, Any]) -> float:
+    """When an object was written, out of what its driver tells; each has its own word for it."""
+    for key in ("LastModified", "mtime", "updated", "last_modified", "created"):
+        value = facts.get(key)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if value is not None:
+            return value.timestamp() if isinstance(value, datetime) else float(value)
+    return float("inf")

@@ -7,14 +7,17 @@ the inputs that it was made from. Plan, status, the index and `vidpipe show` are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from manifests.joins import PLACE, PLACE_FIELDS, array, current, last_of, named, parts_of, scattered
 from manifests.log import Commit, Counts, History, Log, standing
-from manifests.schema import ABSENT, KEPT, OUTCOME, PENDING, digest, row_keys
+from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED, digest, row_keys
 from manifests.store import Store
 
 SOURCE_LAYER = "source"
@@ -52,26 +55,37 @@ class Dag:
         return Log(store, name, self.layers[name].fingerprint)
 
 
-@dataclass
+_SETTLED = ("row_key", "outcome", "reason", "message", "attempts", *PLACE)
+
+
+@dataclass(frozen=True)
 class Settled:
-    """What one stage has made of each row of the view; None where the row never reached it."""
+    """What one stage has made of each row of the view: arrays as long as it, null where the row
+    never reached the stage."""
 
-    key: list[str | None] = field(default_factory=list)
-    outcome: list[str | None] = field(default_factory=list)  # kept | rejected | failed | pending
-    reason: list[str | None] = field(default_factory=list)
-    message: list[str | None] = field(default_factory=list)
-    attempts: list[int] = field(default_factory=list)
-    place: list[tuple[str, int] | None] = field(default_factory=list)  # data file, row in it
+    key: pa.StringArray
+    outcome: pa.StringArray  # kept | rejected | failed | pending
+    reason: pa.StringArray
+    message: pa.StringArray
+    attempts: pa.Int32Array
+    file: pa.DictionaryArray  # the data file in which the row stands; null where pending
+    row: pa.Int64Array  # its number there
 
-    def take(self, rows: Sequence[int]) -> Settled:
-        return Settled(
-            [self.key[i] for i in rows],
-            [self.outcome[i] for i in rows],
-            [self.reason[i] for i in rows],
-            [self.message[i] for i in rows],
-            [self.attempts[i] for i in rows],
-            [self.place[i] for i in rows],
-        )
+    def take(self, rows: pa.Array) -> Settled:
+        return Settled(*(getattr(self, name).take(rows) for name in self.__dataclass_fields__))
+
+
+def tally(outcome: pa.Array, reason: pa.Array) -> Counts:
+    """The account of rows of these outcomes and reasons; a null outcome is no row."""
+    counts = Counts()
+    for found in pc.value_counts(outcome).to_pylist():
+        if found["values"] in (REJECTED, FAILED):
+            why = pc.value_counts(reason.filter(pc.equal(outcome, found["values"])))
+            for each in why.to_pylist():
+                counts.add(found["values"], each["values"], each["counts"])
+        elif found["values"] is not None:
+            counts.add(found["values"], None, found["counts"])
+    return counts
 
 
 class UnitView:
@@ -123,10 +137,33 @@ class UnitView:
         if only is not None and not self.commits(name):
             counts.total = counts.pending = self.counts(only).kept
             return counts
-        settled = self.settled(name)
-        for i in self.reached(name):
-            counts.add(settled.outcome[i], settled.reason[i])
-        return counts
+        settled, rows = self.settled(name), self.reached(name)
+        return tally(settled.outcome.take(rows), settled.reason.take(rows))
+
+    def counts_with(self, name: str, new: pa.Table) -> Counts:
+        """The account of the stage once `new`, rows of its outcomes, are committed."""
+        settled, rows = self.settled(name), self.reached(name)
+        match = last_of(self.ids(name, rows), settled.key.take(rows), new)
+        known = pc.is_valid(match)
+        outcome, reason = (
+            pc.if_else(known, array(new, c).take(match), getattr(settled, c).take(rows))
+            for c in ("outcome", "reason")
+        )
+        return tally(outcome, reason)
+
+    def untried(self, name: str, new: pa.Table) -> pa.BooleanArray:
+        """Which rows of `new` are attempts that nobody has committed yet, nor a later one."""
+        settled, rows = self.settled(name), self.reached(name)
+        there = pa.table(
+            {
+                "clip_id": self.ids(name, rows),
+                "parent_id": pa.nulls(len(rows), pa.string()),
+                "row_key": settled.key.take(rows),
+            }
+        )
+        match = last_of(*named(new), there)
+        tried = pc.fill_null(settled.attempts.take(rows).take(match), 0)
+        return pc.less(tried, array(new, "attempts"))
 
     def _only_need(self, name: str) -> str | None:
         """The one stage whose kept rows are exactly this stage's inputs, where there is one."""
@@ -151,187 +188,126 @@ class UnitView:
             )
         return self._settled[name]
 
-    def reached(self, name: str) -> list[int]:
-        """The rows of the view that reached the stage, each of its inputs once."""
-        settled = self.settled(name)
-        ids = self._ids(name)
-        rows: dict[str, int] = {}
-        for i, outcome in enumerate(settled.outcome):
-            if outcome is not None:
-                rows.setdefault(ids[i], i)
-        return list(rows.values())
+    def reached(self, name: str) -> pa.Array:
+        """The rows of the view that reached the stage, each of its inputs once, in order."""
+        rows = pc.indices_nonzero(pc.is_valid(self.settled(name).outcome))
+        if not any(layer.splits for layer in self.dag.layers.values()):
+            return rows
+        ids = self._ids(name).take(rows).dictionary_encode().indices.to_numpy()
+        return rows.take(pa.array(np.sort(np.unique(ids, return_index=True)[1])))
 
-    def inputs(self, name: str, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    def inputs(self, name: str, rows: pa.Array, columns: Sequence[str]) -> pa.Table:
         """`clip_id`, as the stage knows it, and `columns` of the rows at `rows`."""
-        own = {"clip_id": pa.array(self.ids(name, rows), pa.string())}
-        places = pa.array(rows, pa.int64())
-        return pa.table(own | {c: self._column(c).take(places) for c in columns})
+        own = {"clip_id": self.ids(name, rows)}
+        return pa.table(own | {c: self._column(c).take(rows) for c in columns})
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        """A column of the view; nulls for one of the user's table that this unit's rows lack."""
-        if name in self.table.column_names:
-            return self.table.column(name)
-        return pa.chunked_array([pa.nulls(self.table.num_rows)])
-
-    def ids(self, name: str, rows: Sequence[int]) -> list[str]:
+    def ids(self, name: str, rows: pa.Array) -> pa.StringArray:
         """The clip ids of the rows at `rows`, as the stage knows them."""
         self.settled(name)
-        ids = self._ids(name)
-        return [ids[i] for i in rows]
+        return self._ids(name).take(rows)
+
+    def _column(self, name: str) -> pa.Array:
+        """A column of the view; nulls for one of the user's table that this unit's rows lack."""
+        if name in self.table.column_names:
+            return array(self.table, name)
+        return pa.nulls(self.table.num_rows)
 
     def _settle_source(self) -> Settled:
         """The last word on each clip; rows that left the table are left out."""
-        tables, places = self._data(SOURCE_LAYER)
-        ids = [clip for table in tables for clip in table.column("clip_id").to_pylist()]
-        outcomes = [outcome for table in tables for outcome in table.column("outcome").to_pylist()]
-        last = {clip: i for i, clip in enumerate(ids)}
-        rows = sorted(i for i in last.values() if outcomes[i] != ABSENT)
-        state = _taken(tables, rows)
-        own = [n for n in state.column_names if n not in OUTCOME.names or n == "clip_id"]
+        tables = [self._read(SOURCE_LAYER, c, None) for c in standing(self.commits(SOURCE_LAYER))]
+        state = current(tables)
+        own = [n for n in state.column_names if n not in (*OUTCOME.names, *PLACE) or n == "clip_id"]
         self._table = state.select(own)
-        self._clip_ids: list[str] = state.column("clip_id").to_pylist()
-        columns = (state.column(n).to_pylist() for n in ("row_key", "outcome", "reason", "message"))
-        key, outcome, reason, message = columns
-        attempts = state.column("attempts").to_pylist()
-        return Settled(key, outcome, reason, message, attempts, [places[i] for i in rows])
+        return Settled(*(array(state, n) for n in _SETTLED))
 
     def _settle(self, name: str) -> Settled:
-        layer = self.dag.layers[name]
-        assert self._table is not None
-        table = self._table
-        above = [self._settled[need].outcome for need in layer.needs]
-        reached = [i for i, known in enumerate(zip(*above)) if all(o == KEPT for o in known)]
-        places_reached = pa.array(reached, pa.int64())
-        inputs = pa.table({c: self._column(c).take(places_reached) for c in layer.reads})
-        keys = row_keys(inputs, layer.reads) if layer.reads else row_keys(table, ())
-        ids = self._ids(name)
-        state, places = self._state(name)
-        found = _last_by_key(state, places)
-        n = table.num_rows
-        settled = Settled([None] * n, [None] * n, [None] * n, [None] * n, [0] * n, [None] * n)
-        at: list[list[int]] = [[] for _ in range(n)]
-        outcome, reason, message, attempts = (
-            state.column(c).to_pylist() for c in ("outcome", "reason", "message", "attempts")
-        )
-        for i, key in zip(reached, keys):
-            settled.key[i] = key
-            at[i] = found.get((ids[i], key), [])
-            settled.outcome[i] = PENDING
-            if at[i]:
-                j = at[i][0]
-                settled.outcome[i], settled.reason[i] = outcome[j], reason[j]
-                settled.message[i], settled.attempts[i] = message[j], attempts[j]
-                settled.place[i] = places[j]
+        layer, table = self.dag.layers[name], self.table
+        reached = pa.scalar(True)
+        for need in layer.needs:
+            kept = pc.equal(self._settled[need].outcome, KEPT)
+            reached = pc.and_(reached, pc.fill_null(kept, False))
+        at = pc.indices_nonzero(reached)
+        inputs = pa.table({c: self._column(c).take(at) for c in layer.reads} or {"": at})
+        keys = row_keys(inputs, layer.reads)
+        ids = self._ids(name).take(at)
+        state = self._state(name)
+        place = scattered(at, table.num_rows)
         if layer.splits:
-            settled, at = self._split(name, settled, at, state)
-        kept = [j[0] if j and o == KEPT else None for j, o in zip(at, settled.outcome)]
-        picks = pa.array(kept, pa.int64())
+            rows, match = parts_of(ids, keys, state, place)
+            self._split(name, rows, match, state)
+            reached, place = reached.take(rows), place.take(rows)
+        else:
+            match = last_of(ids, keys, state).take(place)
+        # What is not known of a row that reached the stage is pending.
+        outcome = pc.fill_null(array(state, "outcome").take(match), PENDING)
+        outcome = pc.if_else(reached, outcome, pa.scalar(None, pa.string()))
+        kept = pc.if_else(pc.equal(outcome, KEPT), match, pa.scalar(None, pa.int64()))
+        assert self._table is not None
         for column in layer.adds:
             if not pa.types.is_binary(column.type):
-                values = state.column(column.name).take(picks)
+                values = array(state, column.name).take(kept)
                 self._table = self._table.append_column(column, values)
-        return settled
+        reason, message, attempts, file, row = (array(state, n).take(match) for n in _SETTLED[2:])
+        attempts = pc.fill_null(attempts, 0)
+        return Settled(keys.take(place), outcome, reason, message, attempts, file, row)
 
-    def _split(
-        self, name: str, settled: Settled, at: list[list[int]], state: pa.Table
-    ) -> tuple[Settled, list[list[int]]]:
+    def _split(self, name: str, rows: pa.Array, match: pa.Array, state: pa.Table) -> None:
         """Replaces each row that was split by its parts, in the table and in all that is settled;
         the ids from before stay in a column for the stages that never saw the parts."""
-        assert self._table is not None
-        rows = [i for i, parts in enumerate(at) for _ in (parts or [0])]
-        parts = [part for p in at for part in ([[j] for j in p] or [[]])]
-        before = self._table.take(pa.array(rows, pa.int64()))
-        children = state.column("clip_id").to_pylist()
-        ids = [children[p[0]] if p else self._clip_ids[i] for i, p in zip(rows, parts)]
-        self._table = before.set_column(
-            before.column_names.index("clip_id"), "clip_id", pa.array(ids, pa.string())
-        ).append_column(_before(name), before.column("clip_id"))
-        self._clip_ids = ids
+        before = self.table.take(rows)
+        whole = array(before, "clip_id")
+        ids = pc.coalesce(array(state, "clip_id").take(match), whole)
+        place = before.column_names.index("clip_id")
+        self._table = before.set_column(place, "clip_id", ids).append_column(_before(name), whole)
         self._settled = {n: s.take(rows) for n, s in self._settled.items()}
-        return settled.take(rows), parts
 
-    def _ids(self, name: str) -> list[str]:
+    def _ids(self, name: str) -> pa.StringArray:
         """The clip ids as stage `name` knows them: those from before any split that it is not
         downstream of."""
         for other, layer in self.dag.layers.items():
             if layer.splits and other in self._settled and other not in self.dag.ancestors[name]:
-                assert self._table is not None
-                column: list[str] = self._table.column(_before(other)).to_pylist()
-                return column
-        return self._clip_ids
+                return array(self.table, _before(other))
+        return array(self.table, "clip_id")
 
-    def _state(self, name: str) -> tuple[pa.Table, list[tuple[str, int]]]:
-        """All rows ever committed for the unit under this fingerprint, oldest first, without
-        payload, and where each stands."""
-        tables, places = self._data(name)
+    def _state(self, name: str) -> pa.Table:
+        """All rows that stand for the unit under this fingerprint, oldest first, without payload,
+        and where each stands."""
+        added = [f for f in self.dag.layers[name].adds if not pa.types.is_binary(f.type)]
+        columns = [*OUTCOME.names, *(f.name for f in added)]
+        tables = [self._read(name, c, columns) for c in standing(self.commits(name))]
         if not tables:
-            added = [f for f in self.dag.layers[name].adds if not pa.types.is_binary(f.type)]
-            return pa.schema([*OUTCOME, *added]).empty_table(), []
-        return pa.concat_tables(tables), places
+            return pa.schema([*OUTCOME, *added, *PLACE_FIELDS]).empty_table()
+        return pa.concat_tables(tables).unify_dictionaries()
 
-    def _data(self, name: str) -> tuple[list[pa.Table], list[tuple[str, int]]]:
-        """The rows of each commit, without payload, and where each row stands."""
-        layer = self.dag.layers[name]
-        log = self.dag.log(self.store, name)
-        tables: list[pa.Table] = []
-        places: list[tuple[str, int]] = []
-        for commit in standing(self.commits(name)):
-            file = log.data_name(self.unit, commit)
-            columns = None
-            if name != SOURCE_LAYER:
-                added = [f.name for f in layer.adds if not pa.types.is_binary(f.type)]
-                columns = [*OUTCOME.names, *added]
-            tables.append(self.store.read_parquet(file, columns).replace_schema_metadata(None))
-            places += [(file, i) for i in range(tables[-1].num_rows)]
-        return tables, places
-
-
-def _taken(tables: Sequence[pa.Table], rows: Sequence[int]) -> pa.Table:
-    """The rows at `rows`, counted over all tables, in ascending order.
-
-    Tables that have none are left out first: a column of the user's table may have had another
-    type before, and then no row of that time is current, since its key holds the type.
-    """
-    first = 0
-    parts = []
-    for table in tables:
-        own = [i - first for i in rows if first <= i < first + table.num_rows]
-        if own:
-            parts.append(table.take(pa.array(own, pa.int64())))
-        first += table.num_rows
-    if not parts:
-        return tables[-1].slice(0, 0) if tables else pa.schema(OUTCOME).empty_table()
-    return pa.concat_tables(parts, promote_options="permissive")
-
-
-def _last_by_key(
-    state: pa.Table, places: Sequence[tuple[str, int]]
-) -> dict[tuple[str, str], list[int]]:
-    """The rows that hold for each (input id, row key): the last one, or all parts of a split."""
-    parents = state.column("parent_id").to_pylist()
-    clips = state.column("clip_id").to_pylist()
-    keys = state.column("row_key").to_pylist()
-    found: dict[tuple[str, str], list[int]] = {}
-    for i, (parent, clip, key) in enumerate(zip(parents, clips, keys)):
-        rows = found.setdefault((parent or clip, key), [])
-        # Parts of a split stand in one file; a later attempt replaces them all.
-        if not (rows and parent and parents[rows[-1]] and places[rows[-1]][0] == places[i][0]):
-            rows.clear()
-        rows.append(i)
-    return found
+    def _read(self, name: str, commit: Commit, columns: Sequence[str] | None) -> pa.Table:
+        file = self.dag.log(self.store, name).data_name(self.unit, commit)
+        table = self.store.read_parquet(file, columns)
+        n = table.num_rows
+        where = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([file]))
+        place = (where, pa.array(np.arange(n)))
+        for field, values in zip(PLACE_FIELDS, place):
+            table = table.append_column(field, values)
+        return table
 
 
 def _before(splitter: str) -> str:
     return f"_before:{splitter}"
 
 
-def terminal(view: UnitView, stages: Sequence[str]) -> Iterator[tuple[str, str, str | None, str]]:
-    """For each row of the view its state after `stages` (in topological order): the stage that
-    ended it or the last one, the outcome, the reason and the message."""
-    settled = [(name, view.settled(name)) for name in stages]
-    settled = [(name, view.settled(name)) for name, _ in settled]  # a split re-indexes all of them
-    for i in range(view.table.num_rows):
-        name, at = next(
-            ((n, s) for n, s in settled if s.outcome[i] not in (KEPT, None)), settled[-1]
-        )
-        yield name, at.outcome[i] or PENDING, at.reason[i], at.message[i] or ""
+def ends(view: UnitView, stages: Sequence[str]) -> pa.Table:
+    """For each row of the view its state after `stages` (in topological order): `stage`, which
+    ended it or is the last one, `outcome`, `reason` and `message`."""
+    for name in stages:
+        view.settled(name)
+    columns = ("outcome", "reason", "message")
+    last = view.settled(stages[-1])
+    n = view.table.num_rows
+    stage = pa.array([stages[-1]] * n, pa.string())
+    ended = {c: getattr(last, c) for c in columns}
+    for name in reversed(stages):
+        settled = view.settled(name)  # only now: a split re-indexes all of them
+        here = pc.fill_null(pc.not_equal(settled.outcome, KEPT), False)
+        stage = pc.if_else(here, pa.scalar(name), stage)
+        ended = {c: pc.if_else(here, getattr(settled, c), ended[c]) for c in columns}
+    ended["outcome"] = pc.fill_null(ended["outcome"], PENDING)
+    return pa.table({"stage": stage, **ended})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from manifests.intake import last_scan
@@ -9,16 +10,19 @@ from manifests.log import Counts
 from manifests.sources import read
 from manifests.view import SOURCE_LAYER
 from pipeline.dag import Pipeline
-from pipeline.plan import status
+from pipeline.plan import status, worth_retry
+from pipeline.report import describe
 
 
 def account(pipeline: Pipeline) -> dict[str, Any]:
     """`{"workdir", "stages": [{"name", "fingerprint", "state", "in", "kept", "rejected": {reason:
-    n}, "failed": {class: n}, "pending"}]}`, the source first.
+    n}, "failed": {class: n}, "worth_retry", "pending"}]}`, the source first. `worth_retry`: of the
+    failed rows those that may come through as things are.
 
     `in == kept + Σrejected + Σfailed + pending` in each, at any moment.
     """
     totals = status(pipeline)
+    worth = worth_retry(pipeline, totals)
     if last_scan(pipeline.store) is None:
         # Nothing has run: the rows are counted, so that all of them show as pending.
         rows = sum(1 for _ in read(pipeline.config.source))
@@ -34,11 +38,35 @@ def account(pipeline: Pipeline) -> dict[str, Any]:
                 "kept": counts.kept,
                 "rejected": dict(sorted(counts.rejected.items())),
                 "failed": dict(sorted(counts.failed.items())),
+                "worth_retry": worth.get(name, 0),
                 "pending": counts.pending,
             }
             for name, counts in totals.items()
         ],
     }
+
+
+def summary(pipeline: Pipeline, totals: Mapping[str, Counts], stages: Sequence[str]) -> list[str]:
+    """The account of a run's stages in lines for a person; failures are named, they are data."""
+    lines = []
+    for name in ["source", *stages]:
+        counts = totals[name]
+        pending = f", {counts.pending} pending" if counts.pending else ""
+        lines.append(f"  {name:<10} {counts.total:>8} in: {describe(counts)}{pending}")
+    failed = [f"{n} {name}.{why}" for name in stages for why, n in totals[name].failed.items()]
+    if failed:
+        last = next(name for name in reversed(stages) if totals[name].failed)
+        lines.append(f"failed rows: {', '.join(failed)}")
+        lines.append(f"see them: vidpipe show {last} --where \"outcome = 'failed'\"")
+    worth = worth_retry(pipeline, {name: totals[name] for name in stages})
+    return [*lines, *retry_hint(sum(worth.values()))]
+
+
+def retry_hint(rows: int) -> list[str]:
+    """A line that says how to try again, where that is worthwhile for so many failed rows."""
+    which = "1 failed row is" if rows == 1 else f"{rows} failed rows are"
+    line = f"{which} worth another try as things are: vidpipe run --retry-failed"
+    return [line] if rows else []
 
 
 def _state(name: str, totals: dict[str, Counts], pipeline: Pipeline) -> str:

@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow as pa
+
 from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
@@ -99,7 +101,7 @@ class _Job:
         stage = self._stage
         model = self._model if stage.loads_model and self._model else stage.setup
         return run_unit(
-            self._store, self._dag, stage, model, unit, self._retry, supervisor.rows, watch
+            self._store, self._dag, stage, model, unit, self._retry, supervisor.rows, watch=watch
         )
 
 
@@ -131,8 +133,8 @@ class _Supervisor:
         supervisor = self
 
         class Supervised(Watch):
-            def begin(self, ids: Sequence[str]) -> None:
-                supervisor.send("begin", list(ids))
+            def begin(self, ids: pa.ChunkedArray) -> None:
+                supervisor.send("begin", ids.to_pylist())
 
             def committed(self) -> None:
                 supervisor.send("committed")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import pipeline.early  # isort: skip  # noqa: F401  signals, before what takes time
 
-import json
+import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +23,6 @@ import click
 from pipeline import stop
 
 if TYPE_CHECKING:
-    from manifests.log import Counts
     from pipeline.dag import Pipeline
     from pipeline.unit import Retry
 
@@ -32,22 +32,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 def main() -> None:
     """The `vidpipe` command."""
     stop.listen()
+    from manifests.redact import redact_logs, shown
+
+    redact_logs()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(shown(said.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo(stop.sentence(), err=True)
         code = stop.code()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the last one to see it
         known = _known(error)
-        if known is None:
-            raise
-        click.echo(f"vidpipe: {error}", err=True)
-        code = known
+        text = traceback.format_exc() if known is None else f"vidpipe: {error}"
+        click.echo(shown(text), err=True)
+        code = 1 if known is None else known
     _leave(int(code or 0))
 
 
@@ -150,7 +154,8 @@ def _run_options(command: F) -> F:
                 is_flag=False,
                 flag_value="*",
                 metavar="[CLASS]",
-                help="Try failed rows again: all, or those of one class.",
+                help="Try failed rows again: those that may pass as things are, those of CLASS "
+                "(several: A,B), or all.",
             ),
         )
     ):
@@ -203,6 +208,7 @@ def run(
 
     Only what is pending runs; a second run right after the first does nothing.
     """
+    from pipeline.account import summary
     from pipeline.report import console
     from pipeline.run import run as run_pipeline
 
@@ -211,7 +217,8 @@ def run(
     result = run_pipeline(pipeline, *_asked(pipeline, stages, retry_failed), report, explain)
     if not result.ran:
         report.note(f"nothing to do: {_up_to_date(result.stages)}")
-    _summary(result.status, result.stages, report.note)
+    for line in summary(pipeline, result.status, result.stages):
+        report.note(line)
     if result.faults:
         first = result.faults[0]
         report.note(
@@ -226,26 +233,11 @@ def _up_to_date(stages: list[str]) -> str:
     return f"{', '.join(stages)} {'is' if len(stages) == 1 else 'are'} up to date"
 
 
-def _summary(status: dict[str, Counts], stages: list[str], note: Callable[[str], None]) -> None:
-    """The account of what was asked for; failures are named, they are data."""
-    from pipeline.report import describe
-
-    for name in ["source", *stages]:
-        counts = status[name]
-        pending = f", {counts.pending} pending" if counts.pending else ""
-        note(f"  {name:<10} {counts.total:>8} in: {describe(counts)}{pending}")
-    failed = [f"{n} {name}.{why}" for name in stages for why, n in status[name].failed.items()]
-    if failed:
-        note(f"failed rows: {', '.join(failed)}")
-        last = next(name for name in reversed(stages) if status[name].failed)
-        note(f"see them: vidpipe show {last} --where \"outcome = 'failed'\"")
-
-
 def _asked(
     pipeline: Pipeline, stages: tuple[str, ...], classes: str | None
 ) -> tuple[tuple[str, ...], Retry]:
-    """The stages and what to retry. In `--retry-failed encode` the word is a stage: the option's
-    own value may be left out, and click takes the next word for it."""
+    """The stages and what to retry; `*` is the option without a value. In `--retry-failed encode`
+    the word is a stage: click takes the next word for the option's value."""
     from pipeline.unit import Retry
 
     if classes is None:
@@ -261,13 +253,13 @@ def _asked(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Where every clip is: per stage in, kept, rejected, failed, pending."""
-    from pipeline.account import account
+    from pipeline.account import account, retry_hint
+    from pipeline.output import json_text, text_table
 
     result = account(_load(file, overrides))
     if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        click.echo(json_text(result, indent=1))
         return
-    from pipeline.output import text_table
 
     rows = [
         [
@@ -284,6 +276,8 @@ def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     ]
     names = ["stage", "state", "in", "kept", "rejected", "failed", "pending", "reasons"]
     click.echo(text_table(names, rows), nl=False)
+    for line in retry_hint(sum(s["worth_retry"] for s in result["stages"])):
+        click.echo(line, err=True)
 
 
 @cli.command()
@@ -369,12 +363,14 @@ def sample(
 @_config
 def doctor(file: str, overrides: tuple[str, ...]) -> None:
     """Check this machine and, where there is one, the configuration."""
+    from manifests.redact import shown
     from pipeline.doctor import examine
 
     ok = True
     for check in examine(file, overrides):
         ok = ok and check.ok
-        click.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.subject:<16} {check.finding}")
+        line = f"{'ok  ' if check.ok else 'FAIL'}  {check.subject:<16} {check.finding}"
+        click.echo(shown(line))
     if not ok:
         raise click.exceptions.Exit(1)
 

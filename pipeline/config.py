@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from manifests.redact import has_credentials
 from manifests.schema import did_you_mean
 from manifests.sources import SourceSettings, resolve_root
 from stages import builtin
@@ -113,6 +114,12 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> Config:
     sections = {name: data.pop(name) for name in list(data) if name in shipped}
     known = [*_Top.model_fields, *shipped]
     top = _validate(_Top, data, (), file, lines, known)
+    if has_credentials(top.workdir):
+        raise ConfigError(
+            f"{_at(file, lines, ('workdir',))}`workdir` holds credentials in its URL, which would "
+            "be written wherever the workdir is named: set them in the environment "
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"
+        )
     source = _absolute_source(top.source, base)
     context = Context(
         workdir=_absolute(top.workdir, base), root=resolve_root(source), sampling=top.sampling

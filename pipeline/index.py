@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from typing import Any
+from collections.abc import Sequence
+from itertools import chain
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from manifests.schema import KEPT, digest
-from manifests.shards import INDEX, Index, LatentSpec, ShardError, file_facts
+from manifests.shards import INDEX, LatentSpec, ShardError, file_facts, write_index
 from manifests.store import StoreError
+from manifests.view import UnitView
 from pipeline.dag import Pipeline
 from pipeline.plan import views
 
@@ -33,45 +37,47 @@ def refresh(pipeline: Pipeline) -> int | None:
         return None
     column = caption_column(pipeline)
     wanted = ["encode"] + (["recaption"] if column == "recaption" else [])
-    all_views = list(views(pipeline))
-    state = digest(
-        [
-            [view.unit, *(c.attempt for n in pipeline.dag.layers for c in view.commits(n))]
-            for view in all_views
-        ]
-        + [pipeline.dag.layers[n].fingerprint for n in wanted]
-    )
+    state = _state(pipeline, wanted)
     if state == _last_state(pipeline) and pipeline.store.find(INDEX_NAME):
         return None
-    rows: list[dict[str, Any]] = []
-    for view in all_views:
-        settled = {name: view.settled(name) for name in wanted}
-        captions = view.table.column(column).to_pylist()
-        clips = view.table.column("clip_id").to_pylist()
-        shapes = view.table.column("latents_shape").to_pylist()
-        place = settled["encode"].place
-        for i, clip in enumerate(clips):
-            at = place[i]
-            if at is not None and all(s.outcome[i] == KEPT for s in settled.values()):
-                rows.append(
-                    {
-                        "clip_id": clip,
-                        "caption": captions[i],
-                        "shard": at[0],
-                        "row": at[1],
-                        "shape": shapes[i],
-                    }
-                )
-    if not rows:
+    tables = (_ready(view, wanted, column) for view in views(pipeline))
+    tables = (table for table in tables if len(table))
+    first = next(tables, None)
+    if first is None:
         pipeline.store.delete(INDEX_NAME)
         return 0
-    spec = _spec(pipeline, rows[0]["shard"])
+    spec = _spec(pipeline, first.column("shard")[0].as_py())
     facts = {"caption": column, "stages": {n: pipeline.dag.layers[n].fingerprint for n in wanted}}
-    rows.sort(key=lambda row: (row["shard"], row["row"]))
-    table = pa.Table.from_pylist(rows, schema=INDEX)
-    Index(pipeline.config.workdir, table, spec, facts).save(path(pipeline))
-    pipeline.store.fs.pipe_file(pipeline.store.path(_STATE), json.dumps(state).encode())
-    return len(rows)
+    rows = write_index(path(pipeline), pipeline.config.workdir, chain([first], tables), spec, facts)
+    pipeline.store.put(_STATE, json.dumps(state).encode())
+    return rows
+
+
+def _state(pipeline: Pipeline, wanted: Sequence[str]) -> str:
+    """Changes whenever the index may."""
+    whole = hashlib.sha256()
+    for view in views(pipeline):
+        attempts = [c.attempt for n in pipeline.dag.layers for c in view.commits(n)]
+        whole.update(digest([view.unit, *attempts]).encode())
+    return digest([whole.hexdigest(), *(pipeline.dag.layers[n].fingerprint for n in wanted)])
+
+
+def _ready(view: UnitView, wanted: Sequence[str], column: str) -> pa.Table:
+    """The unit's clips that every stage of `wanted` kept, in the order of their latents."""
+    settled = [view.settled(name) for name in wanted]
+    ready = pa.scalar(True)
+    for stage in settled:
+        ready = pc.and_(ready, pc.fill_null(pc.equal(stage.outcome, KEPT), False))
+    rows = pc.indices_nonzero(ready)
+    latents = settled[0].take(rows)
+    columns = {
+        "clip_id": view.table.column("clip_id").take(rows),
+        "caption": view.table.column(column).take(rows),
+        "shard": latents.file.cast(pa.string()),
+        "row": latents.row.cast(pa.int32()),
+        "shape": view.table.column("latents_shape").take(rows),
+    }
+    return pa.table(columns).cast(INDEX).sort_by([("shard", "ascending"), ("row", "ascending")])
 
 
 def _last_state(pipeline: Pipeline) -> str | None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from typing import Any, TextIO
 
 import pyarrow as pa
 
+from manifests.redact import shown
+
 # Cells of a table on a terminal are cut to this; the other formats never cut.
 CELL = 40
+_CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def emit(table: pa.Table, form: str, out: TextIO) -> None:
@@ -19,19 +23,25 @@ def emit(table: pa.Table, form: str, out: TextIO) -> None:
         for row in rows:
             out.write(json_line(row))
     elif form == "json":
-        out.write(json.dumps([_plain(row) for row in rows], ensure_ascii=False, indent=1) + "\n")
+        out.write(json_text([_plain(row) for row in rows], indent=1) + "\n")
     elif form == "csv":
         writer = csv.writer(out)
         writer.writerow(table.column_names)
         for row in rows:
-            writer.writerow([_csv_cell(value) for value in row.values()])
+            writer.writerow([_csv_cell(value, out.isatty()) for value in row.values()])
     else:
         out.write(text_table(table.column_names, [list(row.values()) for row in rows], CELL))
 
 
 def json_line(row: dict[str, Any]) -> str:
     """One JSON object and a line break. NaN and infinity, which JSON lacks, become null."""
-    return json.dumps(_plain(row), ensure_ascii=False) + "\n"
+    return json_text(_plain(row)) + "\n"
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that is safe on a terminal too: the controls that JSON lets stand are escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _plain(value: Any) -> Any:
@@ -44,8 +54,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _csv_cell(value: Any) -> Any:
-    return json.dumps(_plain(value)) if isinstance(value, list | dict) else value
+def _csv_cell(value: Any, terminal: bool) -> Any:
+    cell = json.dumps(_plain(value)) if isinstance(value, list | dict) else value
+    return shown(cell) if terminal and isinstance(cell, str) else cell
 
 
 def text_table(names: list[str], rows: list[list[Any]], cut: int | None = None) -> str:
@@ -74,5 +85,5 @@ def _cell(value: Any, cut: int | None) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = json.dumps(_plain(value)) if isinstance(value, list | dict) else str(value)
-    text = " ".join(text.split())
+    text = shown(" ".join(text.split()))
     return text if cut is None or len(text) <= cut else text[: cut - 1] + "…"

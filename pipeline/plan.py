@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from manifests.intake import pool_units
@@ -67,6 +67,15 @@ def status(pipeline: Pipeline) -> dict[str, Counts]:
     return totals
 
 
+def worth_retry(pipeline: Pipeline, totals: Mapping[str, Counts]) -> dict[str, int]:
+    """How many failed rows of each stage may come through if they are tried again."""
+    return {
+        name: sum(n for error, n in totals[name].failed.items() if stage.worth_retry(error))
+        for name, stage in pipeline.stages.items()
+        if name in totals
+    }
+
+
 def plan(pipeline: Pipeline, stages: Sequence[str], retry: Retry = Retry()) -> Plan:
     """What `stages` (in topological order) have to do."""
     plans = {name: StagePlan(name) for name in stages}
@@ -75,7 +84,8 @@ def plan(pipeline: Pipeline, stages: Sequence[str], retry: Retry = Retry()) -> P
         for name, stage in plans.items():
             counts = view.counts(name)
             stage.counts += counts
-            failed = {r: n for r, n in counts.failed.items() if retry.wants("failed", r)}
+            wanted = retry.of(pipeline.stages[name])
+            failed = {r: n for r, n in counts.failed.items() if wanted.wants("failed", r)}
             stage.retried += sum(failed.values())
             waits = any(a in open_above for a in pipeline.dag.ancestors[name])
             stage.waits = stage.waits or waits

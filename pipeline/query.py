@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
+from manifests.faults import unusable
 from manifests.schema import did_you_mean
-from manifests.view import SOURCE_LAYER, UnitView, terminal
+from manifests.view import SOURCE_LAYER, UnitView, ends
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import views
@@ -34,17 +36,11 @@ def _joined(
 ) -> pa.Table:
     for name in every:
         view.settled(name)
-    ends = list(terminal(view, names))
+    ended = ends(view, names)
     table = view.table
     table = table.select([n for n in table.column_names if not n.startswith("_")])
-    ended, outcome, reason, message = (list(column) for column in zip(*ends)) if ends else [[]] * 4
-    for name, values in (
-        ("outcome", outcome),
-        ("reason", reason),
-        ("message", message),
-        ("stage", ended),
-    ):
-        table = table.append_column(name, pa.array(values, pa.string()))
+    for name in ended.column_names:
+        table = table.append_column(name, ended.column(name))
     schema = _schema(columns)
     present = [f if f.name in table.column_names else None for f in schema]
     filled = {
@@ -106,13 +102,26 @@ def select(
 def write(pipeline: Pipeline, out: str) -> int:
     """Writes the whole joined view to a .parquet or .jsonl file; returns its rows.
 
-    Unit by unit: memory does not grow with the manifest. Raises ConfigError for another ending.
+    Unit by unit: memory does not grow with the manifest. Raises ConfigError for another ending,
+    StoreUnusable where it can't be written.
     """
     suffix = Path(out).suffix
     if suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"--out {out}: the name must end in .parquet or .jsonl")
     part = Path(out).with_name(Path(out).name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        rows = _write(pipeline, part, suffix)
+        part.replace(out)
+    except OSError as error:
+        raise unusable(error, "write", out) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return rows
+
+
+def _write(pipeline: Pipeline, part: Path, suffix: str) -> int:
     rows = 0
     if suffix == ".parquet":
         import pyarrow.parquet as pq
@@ -133,5 +142,4 @@ def write(pipeline: Pipeline, out: str) -> int:
                 for row in table.to_pylist():
                     file.write(json_line(row))
                 rows += table.num_rows
-    part.replace(out)
     return rows

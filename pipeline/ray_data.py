@@ -26,6 +26,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.metrics import Counter
 
 from manifests.log import Counts
+from manifests.store import StoreUnusable
 from pipeline import stop
 from pipeline.config import RunSettings
 from pipeline.dag import Pipeline
@@ -190,6 +191,9 @@ def _run_wave(
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             for text in batch["faults"]:
                 faults += map(_receipt, json.loads(str(text)))
+            for receipt in faults:
+                if receipt.halts:
+                    raise StoreUnusable(receipt.error)
     except ray.exceptions.RayError as error:
         if stop.asked():  # whoever asked may have told Ray's own processes too
             return faults

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from manifests.log import Counts
+from manifests.redact import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -106,7 +107,7 @@ class PlainReporter(Reporter):
         self._write(f"{stage}: {done.total}{total} rows: {describe(done)}{rate}{time_left}")
 
     def _write(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(shown(text), file=self._stream, flush=True)
 
 
 class LiveReporter(Reporter):
@@ -185,7 +186,7 @@ class LiveReporter(Reporter):
                 self._progress.update(task, total=max(1, done), completed=max(1, done))
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
     def end(self) -> None:
         if self._progress is not None:

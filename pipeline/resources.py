@@ -120,7 +120,8 @@ def _over(workers: Sequence[Workers], offer: Offer) -> list[str]:
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises ConfigError where the workdir can't be written. Remote ones are found out on use."""
+    """Raises ConfigError where a local workdir can't be written. Of remote ones `Store.prove` tells
+    more."""
     if "://" in workdir:
         return
     folder = Path(workdir)
@@ -130,8 +131,8 @@ def check_workdir(workdir: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"workdir {workdir} can't be written: {error.strerror}. Name another with "
-            "`--set workdir=...`."
+            f"workdir {workdir} can't be written: {error.strerror}. Mend that (`vidpipe gc` shows "
+            "what may go from a full one), or name another with `--set workdir=...`."
         ) from error
 
 

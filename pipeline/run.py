@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from pipeline.dag import Pipeline
 from pipeline.plan import Plan, plan, status
 from pipeline.report import Reporter
 from pipeline.resources import check_workdir, free_space
-from pipeline.unit import Receipt, Retry
+from pipeline.unit import EVERY_CLASS, Receipt, Retry
 
 LOW_SPACE = 2 << 30
 
@@ -39,12 +40,16 @@ def prepare(
     """
     stages = pipeline.upstream(names)
     check_workdir(pipeline.config.workdir)
+    if not pipeline.store.local:
+        pipeline.store.prove()
     done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size)
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""
         changed = f", {done.changed} changed" if done.changed else ""
         report.note(f"source: {done.rows} rows, {done.new} new{changed}{gone}")
-    todo = plan(pipeline, stages, _checked(pipeline, stages, retry))
+    todo = plan(pipeline, stages, retry)
+    if retry.failed:
+        _check_retry(todo, retry, report)
     if not todo.empty:
         # What has nothing to do was checked when it was done: the second run is over at once.
         pipeline.bind(stages)
@@ -94,16 +99,17 @@ def _run(
     return ray_data.run(pipeline, stages, todo, retry, report, explain)
 
 
-def _checked(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> Retry:
+def _check_retry(todo: Plan, retry: Retry, report: Reporter) -> None:
     """Raises ConfigError for a failure class that no row has: a typo would retry nothing."""
-    if not retry.classes:
-        return retry
-    totals = status(pipeline)
-    known = {reason for name in stages for reason in totals[name].failed}
-    for name in sorted(retry.classes - known):
-        there = ", ".join(sorted(known)) or "none"
+    known = sum((Counter(stage.counts.failed) for stage in todo.stages.values()), Counter[str]())
+    there = ", ".join(f"{n} {name}" for name, n in sorted(known.items())) or "none"
+    for name in sorted(retry.classes - known.keys() - {EVERY_CLASS}):
         raise ConfigError(
             f"--retry-failed {name}: no failed row has that class.{did_you_mean(name, known)} "
-            f"Classes of failed rows: {there}."
+            f"Failed rows: {there}."
         )
-    return retry
+    if known and not retry.classes and not any(s.retried for s in todo.stages.values()):
+        report.note(
+            f"no failed row is worth another try as things are ({there}): where you have mended "
+            "the cause, name the class, or `--retry-failed all`"
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from manifests.log import Counts
+from manifests.redact import redacted, shown
 from manifests.shards import Index
 from pipeline import index
 from pipeline.config import ConfigError
@@ -59,9 +60,9 @@ def train(pipeline: Pipeline, steps: int | None = None, output: str | None = Non
     folder = Path(chosen["output"])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
-    file.write_text(json.dumps(chosen, indent=1))
+    file.write_text(json.dumps(redacted(chosen), indent=1))
     clips = Index.open(chosen["index"]).table.num_rows
-    print(f"training on {clips} clips, output in {folder}", file=sys.stderr)
+    print(shown(f"training on {clips} clips, output in {folder}"), file=sys.stderr)
     return _call("trainer.train", "--config", str(file))
 
 

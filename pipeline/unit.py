@@ -10,21 +10,26 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from manifests.faults import StoreError, StoreUnusable, halts
 from manifests.log import Counts
+from manifests.redact import redact, redact_logs, redacted, sentence, sentences
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Store
-from manifests.view import Dag, UnitView
+from manifests.view import Dag, UnitView, tally
 from pipeline.watch import UNWATCHED, Watch, batches
 from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
+EVERY_CLASS = "all"
 
 AnyStage = Stage[Any, Any]
 OnRows = Callable[[str, Counts], None]
@@ -32,13 +37,23 @@ OnRows = Callable[[str, Counts], None]
 
 @dataclass(frozen=True)
 class Retry:
-    """Which failed rows are to be tried again: all, or those of some failure classes."""
+    """Which failed rows are to be tried again: those of some classes (`all`: of every one), or,
+    where none is named, those that their stage calls worth another try."""
 
     failed: bool = False
     classes: frozenset[str] = frozenset()
+    stage: AnyStage | None = None
+
+    def of(self, stage: AnyStage) -> Retry:
+        """The same, for rows of this stage."""
+        return replace(self, stage=stage)
 
     def wants(self, outcome: str | None, reason: str | None) -> bool:
-        return outcome == FAILED and self.failed and (not self.classes or reason in self.classes)
+        if outcome != FAILED or not self.failed:
+            return False
+        if self.classes:
+            return reason in self.classes or EVERY_CLASS in self.classes
+        return self.stage is not None and self.stage.worth_retry(reason or "")
 
 
 @dataclass
@@ -51,6 +66,7 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # one line, where the stage raised
     trace: str | None = None
+    halts: bool = False  # nothing can be written: other units would fare no better
 
 
 class StageBug(Exception):
@@ -65,67 +81,67 @@ def run_unit(
     unit: str,
     retry: Retry = Retry(),
     on_rows: OnRows = lambda stage, counts: None,
+    part: tuple[int, int] = (0, 1),
     watch: Watch = UNWATCHED,
 ) -> Receipt:
     """Settles and commits the pending rows of `unit` at `stage`, or what of them is done when
     `watch` asks to stop.
 
-    `model` gives what the stage's `setup` made; it is called only if a row is pending.
+    `model` gives what the stage's `setup` made; it is called only if a row is pending. `part` is
+    the share of a unit's clips that is wanted, as (number, of how many): workers may settle one
+    unit side by side.
     """
+    redact_logs()
     receipt = Receipt(stage.name, unit)
+    retry = retry.of(stage)
     clock = _Clock(receipt.seconds)
     try:
         view = UnitView(store, dag, unit)
         if _is_done(view, stage.name, retry):
             return receipt
         settled = view.settled(stage.name)
-        pending = [
-            i
-            for i in view.reached(stage.name)
-            if settled.outcome[i] == PENDING or retry.wants(settled.outcome[i], settled.reason[i])
-        ]
-        wanted = dict.fromkeys((*stage.reads, *stage.carries))
-        rows = view.inputs(stage.name, pending, list(wanted)).to_pylist()
-        loaded = model() if rows else None
+        pending = _pending(view, stage.name, retry, part)
+        rows = view.inputs(stage.name, pending, [*dict.fromkeys((*stage.reads, *stage.carries))])
+        keys, attempts = settled.key.take(pending), settled.attempts.take(pending)
+        loaded = model() if rows.num_rows else None
         clock.lap("read")
-        records: list[Row] = []
-        size = 0
-        for batch in batches([row["clip_id"] for row in rows], stage.batch_size, watch):
+        done: list[pa.Table] = []
+        for batch in batches(rows.column("clip_id"), stage.batch_size, watch):
             if watch.stopping():
                 break
-            ids = [rows[i]["clip_id"] for i in batch.places]
-            tries = [1] * len(ids)
-            outcomes: Sequence[Outcome]
+            inputs, tried = batch.of(rows), batch.of(attempts)
+            ids = inputs.column("clip_id")
+            outcomes: Sequence[Outcome] | pa.Table
             if batch.condemned:
-                verdicts = [watch.condemned[clip] for clip in ids]
+                verdicts = [watch.condemned[clip] for clip in ids.to_pylist()]
                 outcomes = [verdict.outcome() for verdict in verdicts]
-                tries = [verdict.attempts for verdict in verdicts]
+                tried = pc.add(tried, pa.array([v.attempts - 1 for v in verdicts], pa.int32()))
             else:
                 watch.begin(ids)
-                outcomes = stage.process([rows[i] for i in batch.places], loaded)
+                outcomes = stage.process_table(inputs, loaded)
             clock.lap("process")
-            at = [pending[i] for i in batch.places]
-            keys = [(settled.key[i] or "", settled.attempts[i] + n) for i, n in zip(at, tries)]
-            new = list(_records(stage, ids, keys, outcomes))
+            new = settle(stage, ids, batch.of(keys), tried, outcomes)
             counts = _tally(new)
             on_rows(stage.name, counts)
             receipt.counts += counts
-            records += new
-            size += sum(len(v) for r in new for v in r.values() if isinstance(v, bytes))
-            if size >= COMMIT_BYTES:
-                view = _commit(view, stage, loaded, records, receipt.seconds)
+            done.append(new)
+            if sum(table.nbytes for table in done) >= COMMIT_BYTES:
+                view = _commit(view, stage, loaded, done, receipt.seconds)
                 watch.committed()
                 clock.lap("commit")
-                records, size = [], 0
-        if records or not rows:
-            _commit(view, stage, loaded, records, receipt.seconds)
+                done = []
+        if done or not rows.num_rows:
+            _commit(view, stage, loaded, done, receipt.seconds)
             watch.committed()
             clock.lap("commit")
-    except StageError as error:
-        receipt.error = str(error)  # a sentence for the user, with its remedy
+    except (StageError, StoreError) as error:
+        receipt.error = redact(str(error))  # a sentence for the user, with its remedy
+        receipt.halts = isinstance(error, StoreUnusable)
     except Exception as error:  # noqa: BLE001  the boundary between a stage and the run
-        receipt.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        receipt.trace = traceback.format_exc()
+        full = halts(error, store.url) if isinstance(error, OSError) else None
+        receipt.halts = full is not None
+        receipt.error = redact(str(full or f"{type(error).__name__}: {error}").splitlines()[0])
+        receipt.trace = None if full else redact(traceback.format_exc())
     return receipt
 
 
@@ -136,24 +152,86 @@ def _is_done(view: UnitView, name: str, retry: Retry) -> bool:
     return not any(retry.wants(FAILED, reason) for reason in commit.counts.failed)
 
 
+def _pending(view: UnitView, name: str, retry: Retry, part: tuple[int, int]) -> pa.Array:
+    """The rows of the view that are to be settled."""
+    settled, rows = view.settled(name), view.reached(name)
+    outcome = settled.outcome.take(rows)
+    wanted = pc.equal(outcome, PENDING)
+    if retry.failed:
+        known = zip(outcome.to_pylist(), settled.reason.take(rows).to_pylist())
+        wanted = pc.or_(wanted, pa.array([retry.wants(*each) for each in known], pa.bool_()))
+    number, parts = part
+    if parts > 1:
+        # By the clip's id: the same for every worker, whatever has been settled meanwhile.
+        own = [int(clip[:8], 16) % parts == number for clip in view.ids(name, rows).to_pylist()]
+        wanted = pc.and_(wanted, pa.array(own, pa.bool_()))
+    return rows.filter(wanted)
+
+
+def settle(
+    stage: AnyStage,
+    ids: pa.ChunkedArray,
+    keys: pa.Array,
+    attempts: pa.Array,
+    outcomes: Sequence[Outcome] | pa.Table,
+) -> pa.Table:
+    """The outcomes of a batch as rows of the stage's manifest: OUTCOME and the columns it adds.
+
+    Raises StageBug where they break the contract.
+    """
+    schema = pa.schema([*OUTCOME, *stage.adds])
+    if len(outcomes) != len(ids):
+        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(ids)} rows")
+    attempts = pc.add(attempts, pa.scalar(1, pa.int32()))
+    try:
+        if isinstance(outcomes, pa.Table):
+            given = {"clip_id": ids, "row_key": keys, "attempts": attempts, "outcome": KEPT}
+            given |= {name: outcomes.column(name) for name in outcomes.column_names}
+            given |= {n: sentences(given[n]) for n in ("reason", "message") if n in given}
+            return _whole(stage, given, len(ids), schema)
+        known = zip(keys.to_pylist(), attempts.to_pylist())
+        records = list(_records(stage, ids.to_pylist(), list(known), outcomes))
+        return pa.Table.from_pylist(records, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise StageBug(
+            f"{stage.name} gave a value of another type than declared: {error}"
+        ) from error
+
+
+def _whole(stage: AnyStage, given: dict[str, Any], rows: int, schema: pa.Schema) -> pa.Table:
+    """A table of `schema` from the columns that are given; raises StageBug for one that is not."""
+    columns = []
+    for column in schema:
+        values = given.get(column.name)
+        if values is None and column.name in stage.adds.names:
+            raise StageBug(f"{stage.name} declares a column {column.name!r} and left it out")
+        if isinstance(values, pa.Array | pa.ChunkedArray):
+            columns.append(values.cast(column.type))
+        else:
+            columns.append(pa.repeat(pa.scalar(values, column.type), rows))
+    table = pa.table(columns, schema=schema)
+    silent = pc.and_(pc.not_equal(table["outcome"], KEPT), pc.is_null(table["reason"]))
+    if pc.any(silent).as_py():
+        clip = table["clip_id"].filter(silent)[0]
+        raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")
+    return table
+
+
 def _records(
     stage: AnyStage,
     ids: Sequence[str],
     keys: Sequence[tuple[str, int]],
     outcomes: Sequence[Outcome],
 ) -> Iterator[Row]:
-    """Outcomes as rows of the commit's table. Raises StageBug where they break the contract."""
-    if len(outcomes) != len(ids):
-        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(ids)} rows")
     for clip, (key, attempts), outcome in zip(ids, keys, outcomes, strict=True):
         base = {"clip_id": clip, "row_key": key, "attempts": attempts}
         match outcome:
             case Rejected("" | None) | Failed("" | None):
                 raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")
             case Rejected(reason, message):
-                yield {**base, "outcome": REJECTED, "reason": reason, "message": message}
+                yield {**base, "outcome": REJECTED, **_said(reason, message)}
             case Failed(error, message):
-                yield {**base, "outcome": FAILED, "reason": error, "message": message}
+                yield {**base, "outcome": FAILED, **_said(error, message)}
             case dict():
                 yield {**base, "outcome": KEPT, **_added(stage, outcome)}
             case list() if stage.splits and outcome:
@@ -168,6 +246,11 @@ def _records(
                 )
 
 
+def _said(reason: str, message: str) -> Row:
+    """A stage's words as they are committed: whatever library they come from, without secrets."""
+    return {"reason": sentence(reason), "message": sentence(message)}
+
+
 def _added(stage: AnyStage, row: Row) -> Row:
     try:
         return {name: row[name] for name in stage.adds.names}
@@ -175,69 +258,43 @@ def _added(stage: AnyStage, row: Row) -> Row:
         raise StageBug(f"{stage.name} declares a column {error} and left it out") from error
 
 
-def _tally(records: Sequence[Row]) -> Counts:
+def _tally(new: pa.Table) -> Counts:
     """Counts of inputs settled: the parts of a split are one."""
-    counts = Counts()
-    last = None
-    for record in records:
-        parent = record.get("parent_id")
-        if parent is None or parent != last:
-            counts.add(record["outcome"], record.get("reason"))
-        last = parent
-    return counts
+    parents = new.column("parent_id")
+    if parents.null_count < len(parents):
+        ids = pc.coalesce(parents, new.column("clip_id")).combine_chunks()
+        codes = ids.dictionary_encode().indices.to_numpy()
+        new = new.take(pa.array(np.unique(codes, return_index=True)[1]))
+    return tally(*(new.column(c).combine_chunks() for c in ("outcome", "reason")))
 
 
 def _commit(
-    view: UnitView, stage: AnyStage, model: Any, records: list[Row], seconds: dict[str, float]
+    view: UnitView, stage: AnyStage, model: Any, done: list[pa.Table], seconds: dict[str, float]
 ) -> UnitView:
-    """Commits the records; returns a view that has seen them.
+    """Commits the rows; returns a view that has seen them.
 
     Where another worker committed first, the rows that it settled are dropped here and the rest is
     tried again: nothing is lost and nothing stands twice.
     """
     name = stage.name
+    schema = pa.schema([*OUTCOME, *stage.adds])
+    new = pa.concat_tables(done) if done else schema.empty_table()
     while True:
-        table = _table(stage, model, records) if records else None
-        counts = _account(view, name, records)
+        facts = redacted({"stage": stage.identity(), **stage.metadata(model)}) if len(new) else {}
         log = view.dag.log(view.store, name)
-        seq = len(view.commits(name))
-        if log.append(view.unit, seq, view.inputs_state(name), counts, table, seconds):
+        if log.append(
+            view.unit,
+            len(view.commits(name)),
+            view.inputs_state(name),
+            view.counts_with(name, new),
+            with_facts(new, facts) if len(new) else None,
+            seconds,
+        ):
             return UnitView(view.store, view.dag, view.unit)
         view = UnitView(view.store, view.dag, view.unit)
-        settled = view.settled(name)
-        rows = view.reached(name)
-        ids = view.ids(name, rows)
-        tried = {(clip, settled.key[i]): settled.attempts[i] for clip, i in zip(ids, rows)}
-        records = [r for r in records if tried.get(_input(r), 0) < r["attempts"]]
-        if not records and view.current(name) is not None:
+        new = new.filter(view.untried(name, new))
+        if not len(new) and view.current(name) is not None:
             return view
-
-
-def _input(record: Row) -> tuple[str, str]:
-    return record.get("parent_id") or record["clip_id"], record["row_key"]
-
-
-def _account(view: UnitView, name: str, records: Sequence[Row]) -> Counts:
-    """The account of the unit once the records are committed."""
-    settled = view.settled(name)
-    new = {_input(r): (r["outcome"], r.get("reason")) for r in records}
-    rows = view.reached(name)
-    counts = Counts()
-    for clip, i in zip(view.ids(name, rows), rows):
-        known = (settled.outcome[i], settled.reason[i])
-        counts.add(*new.get((clip, settled.key[i] or ""), known))
-    return counts
-
-
-def _table(stage: AnyStage, model: Any, records: Sequence[Row]) -> pa.Table:
-    schema = pa.schema([*OUTCOME, *stage.adds])
-    try:
-        table = pa.Table.from_pylist(list(records), schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise StageBug(
-            f"{stage.name} gave a value of another type than declared: {error}"
-        ) from error
-    return with_facts(table, {"stage": stage.identity(), **stage.metadata(model)})
 
 
 class _Clock:

@@ -97,7 +97,7 @@ class InProcess:
                 self._stage, self._model = stage, functools.cache(stage.setup)
             model = self._model
         watch = _Stoppable(driver)
-        return run_unit(job.store, job.dag, stage, model, unit, job.retry, driver.rows, watch)
+        return run_unit(job.store, job.dag, stage, model, unit, job.retry, driver.rows, watch=watch)
 
     def close(self) -> None:
         """There is no process to end."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.base import StageError
+from stages.base import Failed, StageError
+from stages.halving import Halving, whole
 from stages.picture import Pixels
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Aesthetics:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.pictures = device, pictures
+        self._halving = Halving()
         model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
         self.clip: Any = model.to(device).eval()
         self.side = int(model.config.vision_config.image_size)
@@ -63,17 +66,21 @@ class Aesthetics:
         mean, std = torch.tensor(MEAN), torch.tensor(STD)
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
-    def scores(self, clips: list[torch.Tensor]) -> list[float]:
-        """The mean score of each clip's prepared frames; all of them go through CLIP together."""
+    def scores(self, clips: list[torch.Tensor]) -> list[float | Failed]:
+        """The mean score of each clip's prepared frames; all of them go through CLIP together.
+        Failed for a clip with a frame that the device's memory does not hold, alone."""
         import torch
 
+        def scores(part: torch.Tensor) -> torch.Tensor:
+            seen = self.clip.get_image_features(pixel_values=part.to(self.device)).pooler_output
+            return predicted(seen, self.weight, self.bias).cpu()
+
         with torch.inference_mode():
-            features = [
-                self.clip.get_image_features(pixel_values=part.to(self.device)).pooler_output
-                for part in torch.split(torch.cat(clips), self.pictures)
-            ]
-            scores = predicted(torch.cat(features), self.weight, self.bias).cpu()
-        return [float(part.mean()) for part in torch.split(scores, [len(clip) for clip in clips])]
+            found = iter(self._halving(scores, torch.cat(clips), self.pictures))
+        return [
+            whole(list(islice(found, len(clip))), lambda parts: float(torch.stack(parts).mean()))
+            for clip in clips
+        ]
 
 
 def predicted(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

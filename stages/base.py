@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import pyarrow as pa
@@ -37,6 +38,9 @@ class Failed:
     error: str
     message: str = ""
 
+
+# Failures that speak of the machine or the moment, not of the clip, whatever the stage.
+TRANSIENT = ("killed_worker", "time_limit", "out_of_memory", "source_changed")
 
 # A list of rows for a row: the clip was split. Each part bears its own clip_id (`child_id`).
 Outcome = Row | Rejected | Failed | list[Row]
@@ -176,6 +180,7 @@ class Stage(ABC, Generic[S, Model]):
     default_batch: ClassVar[int] = 16
     default_resources: ClassVar[Resources] = Resources()
     default_time_limit: ClassVar[float | None] = None  # only for stages that call `alive`
+    transient: ClassVar[tuple[str, ...]] = ()  # failures that may pass by themselves: `http_5*`
 
     def __init__(self, settings: S, context: Context) -> None:
         self.settings = settings
@@ -185,6 +190,12 @@ class Stage(ABC, Generic[S, Model]):
     def process(self, rows: list[Row], model: Model) -> Sequence[Outcome]:
         """One outcome per row, in order. An exception fails the unit, so expected faults of a row
         are returned as `Failed`, never raised."""
+
+    def process_table(self, table: pa.Table, model: Model) -> Sequence[Outcome] | pa.Table:
+        """As `process`, of a batch as an Arrow table. A stage whose work is cheap beside making
+        Python rows may override it, and answer with a table as long as the batch: the columns that
+        it adds and, unless it keeps every row, `outcome`, `reason` and `message`."""
+        return self.process(table.to_pylist(), model)
 
     def setup(self) -> Model:
         """Loads what `process` needs, once per worker. Raises StageError with a remedy."""
@@ -210,6 +221,11 @@ class Stage(ABC, Generic[S, Model]):
     def metadata(self, model: Model) -> dict[str, Any]:
         """Facts about all rows of a data file, JSON-able, stored once in it."""
         return {}
+
+    def worth_retry(self, error: str) -> bool:
+        """Whether a row that failed so may come through with nothing changed; others are final
+        until somebody mends the file, the setting or the rights."""
+        return any(fnmatchcase(error, known) for known in (*TRANSIENT, *self.transient))
 
     @property
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pydantic import Field
 
+from manifests.credentials import Credentials, CredentialsError
+from manifests.redact import redact, secrets_of, split_secret
 from stages.base import (
     Context,
     Failed,
@@ -35,9 +37,10 @@ from stages.base import (
     Stage,
     StageError,
     StageSettings,
+    alive,
 )
 from stages.openers import driver_faults, from_fs, from_http, from_zip
-from stages.transfer import Limits, Open, TransferError, redact, store
+from stages.transfer import Limits, Open, TransferError, store
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DRIVERS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
@@ -185,6 +188,10 @@ class Download(Stage[DownloadSettings, None]):
     )
     default_batch = 256
     default_resources = Resources(cpus=1)
+    transient = (
+        *("network", "timeout", "unreadable", "remote_error"),
+        *("http_408", "http_425", "http_429", "http_5??"),
+    )
 
     def __init__(self, settings: DownloadSettings, context: Context) -> None:
         super().__init__(settings, context)
@@ -192,7 +199,7 @@ class Download(Stage[DownloadSettings, None]):
         self._limits = Limits(s.max_bytes, s.timeout, s.retries, s.backoff)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "root": redact(self.context.root)}
+        return {**super().identity(), "root": split_secret(self.context.root)[0]}
 
     def check(self) -> None:
         scheme = Place(self.context.root).scheme
@@ -215,10 +222,24 @@ class Download(Stage[DownloadSettings, None]):
         return Path(self.context.workdir) / "media"
 
     def process(self, rows: list[Row], model: None = None) -> Sequence[Outcome]:
+        try:
+            # What the table says of a URI that lets one in stands in no manifest.
+            whole = Credentials(self.context.workdir).whole(row["uri"] or "" for row in rows)
+        except CredentialsError as error:
+            raise StageError(str(error)) from error
+        uris = [whole.get(uri := row["uri"] or "", uri) for row in rows]
+        found = self._fetch(dict.fromkeys(uris))
+        # A server may quote any secret that it was told.
+        told = {
+            secret for uri in (*whole.values(), self.context.root) for secret in secrets_of(uri)
+        }
+        return [_without(found[uri], told) for uri in uris]
+
+    def _fetch(self, uris: Iterable[str]) -> dict[str, Outcome]:
         outcomes: dict[str, Outcome] = {}
         singles: list[tuple[str, Place]] = []
         archives: dict[str, list[tuple[str, Place]]] = {}
-        for uri in dict.fromkeys(row["uri"] or "" for row in rows):
+        for uri in uris:
             try:
                 place = locate(uri, self.context.root, self.settings)
             except TransferError as error:
@@ -241,12 +262,12 @@ class Download(Stage[DownloadSettings, None]):
         finally:
             # After a fault or an interrupt, what has not begun never does.
             pool.shutdown(cancel_futures=True)
-        return [outcomes[row["uri"] or ""] for row in rows]
+        return outcomes
 
     def _single(self, uri: str, place: Place) -> dict[str, Outcome]:
         if place.scheme == "file":
             return {uri: _attempt(uri, lambda: use_local(place.path))}
-        return {uri: _attempt(uri, lambda: self._bring(place, place.path, self._opener(place)))}
+        return {uri: _attempt(uri, lambda: self._bring(place, _public(place), self._opener(place)))}
 
     def _opener(self, place: Place) -> Open:
         fs, path = _filesystem(place.path)
@@ -268,7 +289,7 @@ class Download(Stage[DownloadSettings, None]):
 
     def _member(self, place: Place, archive: zipfile.ZipFile, version: str) -> Row:
         member = place.member or ""
-        address = f"zip://{member}::{place.path}{version}"
+        address = f"zip://{member}::{_public(place)}{version}"
         return self._bring(place, address, from_zip(archive, member))
 
     def _bring(self, place: Place, address: str, open_at: Open) -> Row:
@@ -312,14 +333,32 @@ def _open_zip(path: str, stack: ExitStack) -> tuple[zipfile.ZipFile, str]:
         return stack.enter_context(zipfile.ZipFile(file)), ""
 
 
+def _public(place: Place) -> str:
+    """The path or URL by which a file that was brought is known: another signature is no other."""
+    return split_secret(place.path)[0]
+
+
 def _attempt(uri: str, bring: Callable[[], Row]) -> Outcome:
     try:
         return bring()
     except TransferError as error:
         return _failed(uri, error)
+    finally:
+        alive()
+
+
+def _without(outcome: Outcome, secrets: Collection[str]) -> Outcome:
+    if not isinstance(outcome, Failed):
+        return outcome
+    return Failed(outcome.error, redact(outcome.message, secrets))
 
 
 def _failed(uri: str, error: TransferError) -> Failed:
     message = str(error)
-    shown = redact(uri)
+    if error.error in ("http_401", "http_403") and split_secret(uri)[1] is None:
+        message += (
+            " (asked without credentials; where the table's URLs hold them, they are kept on the "
+            "machine that scanned it: docs/security.md)"
+        )
+    shown = redact(split_secret(uri)[0])
     return Failed(error.error, message if shown in message else f"{shown}: {message}")

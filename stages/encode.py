@@ -20,11 +20,12 @@ from stages.base import (
     Row,
     Speed,
     Stage,
-    StageSettings,
+    alive,
 )
 from stages.frames import Clip, TooShort, VideoError, local_path, read_clip
 from stages.models import folder_sha256, model_identity, resolve
 from stages.vaes import Vae, shape_of
+from stages.video import READING_MAY_PASS, Budget, DecodingSettings
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 CLIPS_AHEAD = 4
 
 
-class EncodeSettings(StageSettings):
+class EncodeSettings(DecodingSettings):
     vae: Named[str] = Field("demo://vae", description="diffusers folder, hub id or demo://vae")
     revision: Named[str | None] = Field(None, description="of a hub id: branch, tag or commit")
     subfolder: Named[str | None] = Field(
@@ -60,6 +61,8 @@ class Encode(Stage[EncodeSettings, Vae]):
     adds = LATENTS
     after = ("filter",)
     default_batch = 1
+    default_time_limit = 900.0  # a video VAE takes minutes for a long clip on a CPU
+    transient = READING_MAY_PASS
     default_resources = Resources(cpus=1)
 
     @property
@@ -147,12 +150,15 @@ class Encode(Stage[EncodeSettings, Vae]):
 
     def _read(self, row: Row) -> Clip | Rejected | Failed:
         path = local_path(row["path"], self.context)
+        budget = Budget(self.settings, self.name)
         try:
-            return read_clip(path, self.context.sampling, row["start"], row["end"])
+            return read_clip(path, self.context.sampling, row["start"], row["end"], budget=budget)
         except TooShort as error:
             return Rejected("too_short", str(error))
         except VideoError as error:
             return Failed(error.error, str(error))
+        finally:
+            alive()
 
     def _encode(
         self, ready: list[tuple[int, Clip]], model: Vae, outcomes: list[Outcome | None]
@@ -162,14 +168,18 @@ class Encode(Stage[EncodeSettings, Vae]):
 
         frames = torch.from_numpy(np.stack([clip.frames for _, clip in ready]))
         moments = self.settings.moments
-        latents = model.encode(frames, self.settings.pictures, moments).cpu()
+        latents = model.encode(frames, self.settings.pictures, moments)
         for (i, clip), one in zip(ready, latents, strict=True):
-            outcomes[i] = {
-                "latents": raw_bytes(one),
-                "latents_shape": list(one.shape),
-                "latents_dtype": str(one.dtype).removeprefix("torch."),
-                "frame_times": [float(t) for t in clip.times],
-            }
+            outcomes[i] = (
+                one
+                if isinstance(one, Failed)
+                else {
+                    "latents": raw_bytes(one),
+                    "latents_shape": list(one.shape),
+                    "latents_dtype": str(one.dtype).removeprefix("torch."),
+                    "frame_times": [float(t) for t in clip.times],
+                }
+            )
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -20,6 +20,7 @@ from stages.picture import Fit, Pixels, short_side
 from stages.video import (
     LAST,
     SNAP,
+    Budget,
     Video,
     VideoError,
     lasting,
@@ -132,30 +133,38 @@ def read_clip(
     start: float | None = None,
     end: float | None = None,
     threads: int = 1,
+    budget: Budget | None = None,
 ) -> Clip:
     """Decodes the frames that stand for the clip `start`..`end` (seconds; None: the video's).
 
     Damage within the frames needed fails the clip; damage elsewhere is not looked at. Raises
     TooShort (by `sampling.short`) and VideoError.
     """
+    budget = budget or Budget()
     try:
-        return _read_clip(path, sampling, start, end, threads)
+        return _read_clip(path, sampling, start, end, threads, budget)
     except VideoError as error:
         # Threads look further ahead, so only a single one decides on damage: same result always.
         if threads == 1 or error.error != "decode_error":
             raise
-        return _read_clip(path, sampling, start, end, 1)
+        return _read_clip(path, sampling, start, end, 1, budget)
 
 
 def _read_clip(
-    path: str, sampling: Sampling, start: float | None, end: float | None, threads: int
+    path: str,
+    sampling: Sampling,
+    start: float | None,
+    end: float | None,
+    threads: int,
+    budget: Budget,
 ) -> Clip:
-    wanted = _seed_wanted(path, sampling, start, end) if sampling.policy == "seed" else None
+    seed = sampling.policy == "seed"
+    wanted = _seed_wanted(path, sampling, start, end, budget) if seed else None
     total = sampling.frames if wanted is None else wanted.total()
     frames = np.zeros((sampling.frames, sampling.height, sampling.width, 3), np.uint8)
     times: list[float] = []
     t0 = None
-    for index, shown in enumerate(_shown(path, start, end, threads) if total else ()):
+    for index, shown in enumerate(_shown(path, start, end, threads, budget) if total else ()):
         if t0 is None:
             t0 = shown.since if start is None else max(start, shown.since)
             fit = Fit(sampling.height, sampling.width, sampling.fit)
@@ -182,10 +191,10 @@ def _read_clip(
 
 
 def _seed_wanted(
-    path: str, sampling: Sampling, start: float | None, end: float | None
+    path: str, sampling: Sampling, start: float | None, end: float | None, budget: Budget
 ) -> Counter[int]:
     """How often each frame of the clip is asked for, under the policy `seed`."""
-    with opened(path) as video:
+    with opened(path, budget=budget) as video:
         line = timeline(video, start, end)
         part = section(line, start, end)
         rate = video.stream.average_rate
@@ -203,6 +212,7 @@ class Shown:
     damaged: bool
     slack: float
     pixel: float  # width over height of a pixel
+    fault: VideoError | None = None  # in place of a frame: from here on they are lost
 
     def sound(self) -> Any:
         """The frame. Raises VideoError where it or one that it is made from was damaged."""
@@ -211,12 +221,14 @@ class Shown:
         return self.frame
 
 
-def _shown(path: str, start: float | None, end: float | None, threads: int = 1) -> Iterator[Shown]:
+def _shown(
+    path: str, start: float | None, end: float | None, threads: int, budget: Budget
+) -> Iterator[Shown]:
     """The frames shown from `start` to `end`, in order: the one on show at `start` is first."""
     # A seek may land late (an index by decoding time, a stream without one): then from further
     # back, at last from the beginning. Early frames are decoded, and dropped by their time.
     for back in SEEK_BACK if start is not None else ():
-        with opened(path, threads) as video:
+        with opened(path, threads, budget) as video:
             since = start or 0.0
             if not seek(video, since - back):
                 break
@@ -225,7 +237,7 @@ def _shown(path: str, start: float | None, end: float | None, threads: int = 1) 
             if first is not None and first.since <= since + SNAP:
                 yield from _between(video, first, found, start, end)
                 return
-    with opened(path, threads) as video:
+    with opened(path, threads, budget) as video:
         found = _decoded(video, start)
         yield from _between(video, next(found, None), found, start, end)
 
@@ -241,6 +253,8 @@ def _between(
     times: deque[float] = deque(maxlen=LAST)
     shown = False
     while current is not None and (end is None or current.since < end - SNAP):
+        if current.fault:
+            raise current.fault
         after = next(following, None)
         times.append(current.since)
         current.until = after.since if after else current.since + _span(video, current, times)
@@ -266,8 +280,9 @@ def _span(video: Video, last: Shown, times: deque[float]) -> float:
 
 
 def _decoded(video: Video, start: float | None) -> Iterator[Shown]:
-    """Every frame from where the video stands, in the order shown. Raises VideoError where one
-    can't be decoded at or after `start`; before it, frames are marked until the next key frame."""
+    """Every frame from where the video stands, in the order shown, up to one that can't be
+    decoded at or after `start`: its fault stands in its place, or is raised as VideoError where
+    that place isn't known. Before `start`, frames are marked until the next key frame."""
     import av
 
     stream, tick, origin = video.stream, video.tick, video.origin
@@ -275,7 +290,8 @@ def _decoded(video: Video, start: float | None) -> Iterator[Shown]:
     stamps: deque[int] = deque()  # for streams without presentation times: in decoding order
     last: int | None = None
     damaged = False
-    for packet in packets(video.container, stream):
+    ending: Shown | None = None
+    for packet in packets(video, stream):
         if packet.size:
             refuse_encrypted(packet)
             last = stamp(video, packet, last)
@@ -287,14 +303,53 @@ def _decoded(video: Video, start: float | None) -> Iterator[Shown]:
             fault = error
         if fault or packet.is_corrupt:
             if start is None or last is None or last * tick - origin >= start:
-                raise translated(fault) if fault else VideoError("decode_error", LOST) from fault
-            damaged = True
+                told = translated(fault) if fault else VideoError("decode_error", LOST)
+                lost = _lost_from(video, packet) if fault else None
+                if lost is None:
+                    raise told from fault
+                # What the decoder still held comes before.
+                frames = [f for f in _held(stream) if f.pts is not None and f.pts < lost]
+                ending = Shown(None, lost * tick - origin, math.inf, True, 0.0, pixel, told)
+            else:
+                damaged = True
         for frame in frames:
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             queued = stamps.popleft() if stamps else 0
             pts = frame.pts if video.stamped and frame.pts is not None else queued
             since = pts * tick - origin
             yield Shown(frame, since, since, damaged, video.slack, pixel)
+        if ending:
+            yield ending
+            return
+
+
+def _lost_from(video: Video, packet: Any) -> int | None:
+    """When the first frame is shown, in ticks, of those that are lost with `packet`: that one and
+    all after it in the file. None: it can't be told, as threads look ahead or there is no clock."""
+    import av
+
+    if not video.stamped or video.stream.codec_context.thread_count != 1 or packet.pts is None:
+        return None
+    first = None if packet.is_discard else int(packet.pts)
+    try:
+        for later in packets(video, video.stream):
+            if first is not None and later.dts is not None and later.dts >= first:
+                break
+            if later.size and later.pts is not None and not later.is_discard:
+                first = int(later.pts) if first is None else min(first, int(later.pts))
+    except (av.error.FFmpegError, OSError):
+        return None
+    return first
+
+
+def _held(stream: Any) -> list[Any]:
+    """The frames that the decoder has and did not give yet, as later ones may come before."""
+    import av
+
+    try:
+        return list(stream.codec_context.decode(None))
+    except av.error.FFmpegError:
+        return []
 
 
 @dataclass(frozen=True)
@@ -313,10 +368,12 @@ def sample_few(
     start: float | None = None,
     end: float | None = None,
     gap: float = 0.125,
+    budget: Budget | None = None,
 ) -> Few:
     """Frames at 10% to 90% of the clip, short side `size`, whole picture, found by seeking.
     Raises VideoError."""
-    with opened(path) as video:
+    budget = budget or Budget()
+    with opened(path, budget=budget) as video:
         part = section(timeline(video, start, end), start, end)
     span = part.t1 - part.t0
     upright = short_side(size)
@@ -325,7 +382,7 @@ def sample_few(
         share = 0.5 if count == 1 else 0.1 + 0.8 * k / (count - 1)
         moment = max(part.t0, min(part.t0 + share * span, part.t1 - gap))
         pair: list[Shown] = []
-        for shown in _shown(path, moment, part.t1):
+        for shown in _shown(path, moment, part.t1, 1, budget):
             pair = [*pair[:1], shown]
             if shown.until > moment + gap:
                 break

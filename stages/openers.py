@@ -17,10 +17,13 @@ from typing import IO, Any
 
 from stages.transfer import CHUNK, Open, Stream, TransferError
 
+_URL = re.compile(r"(?:[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+")
+
 
 def from_http(fs: Any, url: str, timeout: float) -> Open:
     """Opens `url` through fsspec's HTTP filesystem `fs`, with a range where part of it is here."""
     import aiohttp
+    import yarl
     from fsspec.asyn import sync
 
     patience = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
@@ -30,7 +33,9 @@ def from_http(fs: Any, url: str, timeout: float) -> Open:
         headers = {"Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        response = await session.get(fs.encode_url(url), headers=headers, timeout=patience)
+        # A URL that is one is asked for as it stands: escaped anew, its signature may not hold.
+        address = yarl.URL(url, encoded=_URL.fullmatch(url) is not None)
+        response = await session.get(address, headers=headers, timeout=patience)
         first = b""
         with suppress(aiohttp.ClientError, OSError):  # the next read raises it again
             first = await read(response)

@@ -10,16 +10,28 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from stages.base import Failed, Outcome, Row, Sampling, Stage, StageSettings
+from stages.base import Failed, Outcome, Row, Sampling, Stage, alive
 from stages.frames import local_path, picks
 from stages.picture import display_matrix, quarter_turned
-from stages.video import Timeline, Video, VideoError, opened, packets, section, timeline, translated
+from stages.video import (
+    READING_MAY_PASS,
+    Budget,
+    DecodingSettings,
+    Timeline,
+    Video,
+    VideoError,
+    opened,
+    packets,
+    section,
+    timeline,
+    translated,
+)
 
 # A gap between frames is irregular from this share of the median on (and beyond rounding).
 IRREGULAR = 0.1
 
 
-class ProbeSettings(StageSettings):
+class ProbeSettings(DecodingSettings):
     tolerance: float = Field(
         0.1, ge=0, le=1, description="share of the header's length that may be missing"
     )
@@ -57,6 +69,8 @@ class Probe(Stage[ProbeSettings, None]):
         ]
     )
     default_batch = 64
+    default_time_limit = 300.0
+    transient = READING_MAY_PASS
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "sampling": self.context.sampling.times()}
@@ -66,19 +80,32 @@ class Probe(Stage[ProbeSettings, None]):
 
     def _row(self, row: Row) -> Outcome:
         path = local_path(row["path"], self.context)
+        budget = Budget(self.settings, self.name)
         try:
             return probed(
-                path, self.context.sampling, row["start"], row["end"], self.settings.tolerance
+                path,
+                self.context.sampling,
+                row["start"],
+                row["end"],
+                self.settings.tolerance,
+                budget,
             )
         except VideoError as error:
             return Failed(error.error, str(error))
+        finally:
+            alive()
 
 
 def probed(
-    path: str, sampling: Sampling, start: float | None, end: float | None, tolerance: float
+    path: str,
+    sampling: Sampling,
+    start: float | None,
+    end: float | None,
+    tolerance: float,
+    budget: Budget,
 ) -> Row:
     """The columns of `Probe.adds` for one clip. Raises VideoError."""
-    with opened(path) as video:
+    with opened(path, budget=budget) as video:
         line = timeline(video, start, end)
         if start is None and end is None:
             complete(video, line, tolerance)
@@ -131,7 +158,7 @@ def last_moment(video: Video) -> float:
     video.container.seek(0)
     return max(
         float((packet.pts + (packet.duration or 0)) * packet.time_base) - video.origin
-        for packet in packets(video.container)
+        for packet in packets(video)
         if packet.pts is not None
     )
 

@@ -51,6 +51,7 @@ _SPEED_ARGS = {
     "disable_log_stats",
     "distributed_executor_backend",
 }
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,39}")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 
 
@@ -180,6 +181,10 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         ]
     )
     after = ("filter",)
+    transient = (
+        *("engine_unreachable", "network", "timeout", "bad_answer"),
+        *("http_408", "http_409", "http_425", "http_429", "http_5??"),
+    )
     default_resources = Resources(cpus=1)
 
     @functools.cached_property
@@ -216,8 +221,11 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         s = self.settings
         if s.engine == "openai":
             if s.api_key_env and not os.environ.get(s.api_key_env):
+                # A key that was written here in place of a name must not be repeated.
+                name = s.api_key_env if _VARIABLE.fullmatch(s.api_key_env) else "something"
                 raise StageError(
-                    f"recaption.api_key_env names {s.api_key_env}, which is not set: export it"
+                    f"recaption.api_key_env names {name}, which is not set: export the key under "
+                    "that name (the setting is the variable's name, never the key)"
                 )
             return
         check(s.model)

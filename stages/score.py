@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from stages.aesthetics import Aesthetics
-from stages.base import Context, Failed, Outcome, Row, Speed, Stage, StageError, StageSettings
+from stages.base import Context, Failed, Outcome, Row, Speed, Stage, StageError, alive
 from stages.frames import Few, VideoError, local_path, sample_few
 from stages.models import check, model_identity, resolve
 from stages.picture import Pixels
+from stages.video import READING_MAY_PASS, Budget, DecodingSettings
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ Luma = NDArray[np.float32]
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-class ScoreSettings(StageSettings):
+class ScoreSettings(DecodingSettings):
     frames: int = Field(5, ge=1, le=64, description="frames looked at, from 10% to 90% of the clip")
     side: int = Field(384, ge=32, description="pixels of their short side, for all but aesthetics")
     gap: float = Field(0.125, gt=0, description="seconds between the frames compared for motion")
@@ -63,6 +64,8 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
     after = ("probe",)  # what probe can't open need not fail twice
     carries = ("path",)
     default_batch = 16
+    default_time_limit = 600.0
+    transient = READING_MAY_PASS
 
     def __init__(self, settings: ScoreSettings, context: Context) -> None:
         super().__init__(settings, context)
@@ -107,27 +110,32 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
 
     def process(self, rows: list[Row], model: Aesthetics | None) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        scored: list[Row] = []
+        scored: dict[int, Row] = {}
         pictures: list[torch.Tensor] = []
         for row in rows:
+            alive()
             try:
                 few = self._few(row)
             except VideoError as error:
                 outcomes.append(Failed(error.error, str(error)))
                 continue
-            scored.append(measured(few))
-            outcomes.append(scored[-1])
+            scored[len(outcomes)] = row = measured(few)
+            outcomes.append(row)
             if model is not None:
                 pictures.append(model.prepared(few.frames))
         if model is not None and pictures:
-            for scores, aesthetic in zip(scored, model.scores(pictures), strict=True):
-                scores["aesthetic"] = aesthetic
+            for i, score in zip(scored, model.scores(pictures), strict=True):
+                if isinstance(score, Failed):
+                    outcomes[i] = score
+                else:
+                    scored[i]["aesthetic"] = score
         return outcomes
 
     def _few(self, row: Row) -> Few:
         s = self.settings
         path = local_path(row["path"], self.context)
-        return sample_few(path, s.frames, s.side, row["start"], row["end"], s.gap)
+        budget = Budget(s, self.name)
+        return sample_few(path, s.frames, s.side, row["start"], row["end"], s.gap, budget)
 
 
 def measured(few: Few) -> Row:

@@ -12,24 +12,17 @@ import hashlib
 import json
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from manifests.redact import redact
+from stages.base import alive
+
 CHUNK = 1 << 20
 LONGEST_WAIT = 120.0  # seconds between two tries, whatever a server asks for
-
-_SENSITIVE = r"[\w.-]*(?:sig|signature|token|key|credential|secret|passw|auth|policy)[\w.-]*"
-_QUERY = re.compile(rf"([?&;]{_SENSITIVE}=)[^&;#\s'\"]*", re.IGNORECASE)
-_USERINFO = re.compile(r"(\w://)[^/\s@'\"]+@")
-
-
-def redact(text: str) -> str:
-    """`text` with the passwords, tokens and signatures of the URLs in it masked."""
-    return _QUERY.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
 
 
 class TransferError(Exception):
@@ -132,19 +125,20 @@ def _receive(part: Path, open_at: Open, limits: Limits) -> tuple[str, int]:
     tag = tag_file.read_text() if tag_file.exists() and part.exists() else ""
     with ExitStack() as stack:
         stream = stack.enter_context(open_at(part.stat().st_size if tag else 0))
-        if stream.start and stream.tag != tag:
+        if stream.start and tag_of(stream) != tag:
             # The file has changed since: what has come of the old one is worth nothing.
             stack.close()
             stream = stack.enter_context(open_at(0))
         if stream.size is not None and stream.size > limits.max_bytes:
             raise _too_large(part, limits)
-        tag_file.write_text(stream.tag)
+        tag_file.write_text(tag_of(stream))
         digest = hashlib.sha256()
         file = stack.enter_context(part.open("r+b" if stream.start else "wb"))
         total = stream.start
         for left in range(stream.start, 0, -CHUNK):
             digest.update(file.read(min(CHUNK, left)))
         for chunk in stream.chunks:
+            alive()
             total += len(chunk)
             if total > limits.max_bytes:
                 raise _too_large(part, limits)
@@ -160,6 +154,11 @@ def _receive(part: Path, open_at: Open, limits: Limits) -> tuple[str, int]:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest(), total
+
+
+def tag_of(stream: Stream) -> str:
+    """The stream's tag as it may lie on the disk: a server can put anything into it."""
+    return hashlib.sha256(stream.tag.encode()).hexdigest() if stream.tag else ""
 
 
 def _too_large(part: Path, limits: Limits) -> TransferError:

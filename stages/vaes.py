@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.base import StageError
+from stages.base import Failed, StageError
+from stages.halving import Halving, whole
 
 if TYPE_CHECKING:
     import torch
@@ -120,27 +122,31 @@ class Vae:
         self.module = module.to(self.device).eval().requires_grad_(False)
         self.channels = int(_first(self.module.config, "latent_channels", "z_dim"))
         self.shift, self.scale = _constants(self.module, self.channels)
+        self._halving = Halving()
 
-    def encode(self, clips: torch.Tensor, pictures: int, moments: bool) -> torch.Tensor:
-        """Latents of uint8 clips (B, F, H, W, 3): (B, 2C or C, F', H', W'), unscaled, in `dtype`.
+    def encode(
+        self, clips: torch.Tensor, pictures: int, moments: bool
+    ) -> list[torch.Tensor | Failed]:
+        """Latents of uint8 clips (B, F, H, W, 3): (2C or C, F', H', W') each, unscaled, in `dtype`,
+        on the CPU. Failed for a clip that the device's memory does not hold, alone.
 
         `moments` keeps the log-variance beside the mean. At most `pictures` frames go through a
         picture VAE at once.
         """
         import torch
 
-        x = clips.to(self.device, non_blocking=True).to(self.dtype).div_(127.5).sub_(1.0)
+        def latents(part: torch.Tensor) -> torch.Tensor:
+            x = part.to(self.device).to(self.dtype).div_(127.5).sub_(1.0)
+            x = x.permute(0, 4, 1, 2, 3) if self.family.video else x.permute(0, 3, 1, 2)
+            return self._half(self.module.encode(x), moments)
+
         with torch.inference_mode():
             if self.family.video:
-                return self._half(self.module.encode(x.permute(0, 4, 1, 2, 3)), moments)
-            frames = x.flatten(0, 1).permute(0, 3, 1, 2)
-            parts = [
-                self._half(self.module.encode(part), moments)
-                for part in torch.split(frames, pictures)
-            ]
-            latents = torch.cat(parts)
-            by_clip = latents.reshape(*clips.shape[:2], *latents.shape[1:])  # (B, F, C, H, W)
-            return by_clip.transpose(1, 2).contiguous()
+                by_clip = [[one] for one in self._halving(latents, clips)]
+                return [whole(clip, lambda parts: parts[0].cpu()) for clip in by_clip]
+            frames = iter(self._halving(latents, clips.flatten(0, 1), pictures))
+            by_clip = [list(islice(frames, clips.shape[1])) for _ in clips]
+            return [whole(clip, lambda parts: torch.stack(parts, dim=1).cpu()) for clip in by_clip]
 
     def _half(self, encoded: Any, moments: bool) -> torch.Tensor:
         if not self.family.posterior:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import struct
+import time
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pydantic import Field
+
+from stages.base import Speed, StageSettings, alive
+
 # Tables write times in milliseconds: a cut less than this before a frame means that frame.
 SNAP = 0.001
 # Ticks up to this are roundings (Matroska 1 ms, QuickTime 1/600 s); longer ones count frames.
@@ -25,6 +31,11 @@ ROUNDED_TICK = 0.002
 # Frames by whose gaps the length of the last one is told where nothing states it.
 LAST = 64
 NO_DECODER = "FFmpeg has no decoder for this video's codec"
+# A day at 60 frames a second. Each takes some 150 bytes while times are worked out.
+MOST_PACKETS = 60 * 60 * 60 * 24
+# Failures of reading a video that may pass: a disk that gives no answer, a machine under load.
+READING_MAY_PASS = ("unreadable_file", "decode_timeout")
+SIGN_OF_LIFE = 1.0  # seconds between two of them within a clip
 
 
 class VideoError(Exception):
@@ -36,12 +47,64 @@ class VideoError(Exception):
         self.error = error
 
 
+class DecodingSettings(StageSettings):
+    """What one clip may cost, in every stage that opens videos."""
+
+    decode_seconds: Speed[float] = Field(
+        120.0, gt=0, description="a clip that takes longer to read is a failure"
+    )
+    max_pixels: Speed[int] = Field(
+        40_000_000, ge=1, description="a clip of larger frames is a failure; 8K has 35 million"
+    )
+
+
+class Budget:
+    """What one clip may take, however often it is opened: seconds from now on, pixels a frame.
+
+    With the packets that are counted (MOST_PACKETS) and a single decoding thread that bounds the
+    memory: a frame of P pixels takes 1.5 P bytes (8-bit 4:2:0) to 6 P (16-bit 4:4:4), and a
+    decoder holds up to 17 of them where the codec asks for it, mostly two or three.
+    """
+
+    def __init__(self, settings: DecodingSettings | None = None, stage: str = "") -> None:
+        settings = settings or DecodingSettings()
+        self.seconds, self.pixels = settings.decode_seconds, settings.max_pixels
+        self._prefix = f"{stage}." if stage else ""
+        self._heard = self._start = time.monotonic()
+
+    def check(self) -> None:
+        """Between packets: a sign of life. Raises VideoError once the time is up."""
+        now = time.monotonic()
+        if now - self._heard > SIGN_OF_LIFE:
+            self._heard = now
+            alive()
+        if now - self._start > self.seconds:
+            raise VideoError(
+                "decode_timeout",
+                f"reading it took more than {self.seconds:g} s ({self._prefix}decode_seconds)",
+            )
+
+    def left(self) -> float:
+        """Seconds, at least a few: what has begun gets the chance to be told apart."""
+        return max(0.1, self.seconds - (time.monotonic() - self._start))
+
+    def fits(self, width: int, height: int) -> None:
+        """Raises VideoError for a frame that is too large."""
+        if width * height > self.pixels:
+            raise VideoError(
+                "frame_too_large",
+                f"a frame has {width} x {height} pixels, more than {self._prefix}max_pixels = "
+                f"{self.pixels}",
+            )
+
+
 @dataclass
 class Video:
     """An open video: PyAV's container and the stream that FFmpeg holds for the best one."""
 
     container: Any
     stream: Any
+    budget: Budget
     stamped: bool  # whether packets bear presentation times; AVI and raw streams have none
     tick: float  # seconds: the unit of the stream's timestamps
     origin: float  # seconds: where the container's own clock starts
@@ -68,21 +131,25 @@ class Timeline:
 
 
 @contextmanager
-def opened(path: str, threads: int = 1) -> Iterator[Video]:
+def opened(path: str, threads: int = 1, budget: Budget | None = None) -> Iterator[Video]:
     """The video at a local path or an fsspec URL. Raises VideoError, within the block too."""
     import av
     import fsspec
     from av.stream import Disposition
 
+    budget = budget or Budget()
     with ExitStack() as stack:
         try:
             remote = "://" in path
             source = stack.enter_context(fsspec.open(path, "rb")) if remote else _checked(path)
             # FFmpeg would decode some 20 frames to guess a rate that timestamps tell.
-            options = {"fpsprobesize": "0"}
-            container = av.open(source, options=options, metadata_errors="replace")
+            options = {"fpsprobesize": "0", "max_pixels": str(budget.pixels)}
+            container = av.open(
+                source, options=options, metadata_errors="replace", timeout=budget.left()
+            )
             stack.enter_context(container)
         except (OSError, av.error.FFmpegError) as error:
+            budget.check()
             raise translated(error, opening=path) from error
         if not container.streams:
             raise VideoError(*_verdict(path))
@@ -97,18 +164,21 @@ def opened(path: str, threads: int = 1) -> Iterator[Video]:
             raise VideoError("unknown_codec", NO_DECODER)
         codec.thread_count = threads
         codec.thread_type = "AUTO"  # by frames where the codec can: PyAV's own choice is slices
-        # A damaged frame is an error, not a grey picture.
-        codec.options = {"err_detect": "explode"}
+        budget.fits(codec.width, codec.height)
+        # A damaged frame is an error, not a grey picture. A size may also change within a stream.
+        codec.options = {"err_detect": "explode", "max_pixels": str(budget.pixels)}
         raw = container.format.name in ("avi", "h264", "hevc", "m4v", "mpegvideo")
         try:
             yield Video(
                 container,
                 stream,
+                budget,
                 stamped=not raw,
                 tick=float(stream.time_base),
                 origin=(container.start_time or 0) / 1_000_000,
             )
         except (OSError, av.error.FFmpegError) as error:
+            budget.check()
             raise translated(error) from error
 
 
@@ -135,36 +205,43 @@ def timeline(video: Video, start: float | None = None, end: float | None = None)
 
 
 def _timeline(video: Video, end: float | None) -> Timeline:
-    line, shown, tick, origin = Timeline(), [], video.tick, video.origin
+    line, tick, origin = Timeline(), video.tick, video.origin
+    shown, final = array("q"), (0, 0)  # eight bytes a frame, as files may claim many
     last: int | None = None
-    for packet in packets(video.container, video.stream):
+    for packet in packets(video, video.stream):
         if not packet.size:  # the flush at the end, and AVI's "nothing new here"
             continue
         line.packets += 1
+        if line.packets > MOST_PACKETS:
+            raise VideoError("too_many_frames", f"the video has more than {MOST_PACKETS} frames")
         last = stamp(video, packet, last)
         if packet.is_keyframe:
             refuse_encrypted(packet)
             line.first_key = line.first_key or packet
         if not packet.is_discard:
-            shown.append((last, packet.duration or 0))
+            one = (last, packet.duration or 0)
+            final = max(final, one) if shown else one
+            shown.append(last)
         # No frame is decoded after it is shown: past `end`, none from before it can follow.
         if end is not None and packet.dts is not None and packet.dts * tick - origin > end + 0.5:
             break
-    shown.sort()
-    line.times = [pts * tick - origin for pts, _ in shown]
+    line.times = [pts * tick - origin for pts in sorted(shown)]
     if shown:
-        line.end = line.times[-1] + lasting(shown[-1][1] * tick, line.times, video)
+        line.end = line.times[-1] + lasting(final[1] * tick, line.times, video)
     return line
 
 
-def packets(container: Any, *streams: Any) -> Iterator[Any]:
-    """Packets as the file has them, of these streams (none: of all), and the flush at the end."""
+def packets(video: Video, *streams: Any) -> Iterator[Any]:
+    """Packets as the file has them, of these streams (none: of all), and the flush at the end.
+    Raises VideoError: decode_timeout."""
     while True:
         try:
-            yield from container.demux(*streams)
+            for packet in video.container.demux(*streams):
+                video.budget.check()
+                yield packet
             return
         except IndexError:  # PyAV on a packet of a stream that began later (MPEG-TS): not ours
-            continue
+            video.budget.check()
 
 
 def refuse_encrypted(packet: Any) -> None:
@@ -233,7 +310,7 @@ def translated(error: Exception, opening: str = "") -> VideoError:
         return VideoError("missing_file", "the file is not there")
     if isinstance(error, PermissionError):
         if opening and "://" not in opening and not os.access(opening, os.R_OK):
-            return VideoError("unreadable_file", "the file may not be read: check its permissions")
+            return VideoError("permission", "the file may not be read: check its rights")
         if not opening:
             # FFmpeg says so of a place that it can't seek to.
             return VideoError("truncated", "the file breaks off: parts of it can't be reached")

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from torch import Tensor
 
+from manifests.redact import shown
 from trainer import checkpoint, models, objectives
 from trainer.checkpoint import CheckpointError
 from trainer.config import ModelConfig, SettingsError
@@ -218,10 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         make(given.checkpoint, given.prompt, given.vae, given.out, **sampling)
     except (SettingsError, CheckpointError) as error:
-        print(f"vidpipe sample: {error}", file=sys.stderr)
+        print(shown(f"vidpipe sample: {error}"), file=sys.stderr)
         return 2
     for prompt in given.prompt:
-        print(f"{given.out}: {prompt}", file=sys.stderr)
+        print(shown(f"{given.out}: {prompt}"), file=sys.stderr)
     return 0
 
 

@@ -21,6 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 
+from manifests.redact import redact_logs, shown
 from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
 from trainer import objectives
@@ -51,7 +52,7 @@ def train(settings: TrainSettings) -> Path:
     check_expected(settings.expect, index.spec)
     accelerator = start(settings)
     device, world = accelerator.device, accelerator.num_processes
-    say = accelerator.on_main_process(lambda line: print(line, file=sys.stderr, flush=True))
+    say = accelerator.on_main_process(lambda line: print(shown(line), file=sys.stderr, flush=True))
     pin = device.type == "cuda"
     loader = Loader(index, settings, accelerator.process_index, world, pin)
 
@@ -278,10 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description=ABOUT)
     parser.add_argument("--config", required=True, type=Path, help="JSON file of the settings")
+    redact_logs()
     try:
         train(load_settings(parser.parse_args(arguments).config))
     except (SettingsError, ShardError, CheckpointError, Diverged) as error:
-        print(f"vidpipe train: {error}", file=sys.stderr)
+        print(shown(f"vidpipe train: {error}"), file=sys.stderr)
         return 1 if isinstance(error, Diverged) else 2
     return 0
 

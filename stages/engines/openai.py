@@ -1,7 +1,8 @@
 """Answers by servers that speak OpenAI's chat completions: vLLM, SGLang, a hosted model.
 
-Every fault is one request's: it is tried again, on the next endpoint, as long as that may help,
-and then told as an EngineFailure. Nothing here raises.
+A fault is one request's: it is tried again, on the next endpoint, as long as that may help, and
+then told as an EngineFailure. Where not one request of a batch is answered, because nobody is there
+or the key or the model's name is refused, it is the run's: a StageError, and no row is settled.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from manifests.redact import conceal, redact
+from stages.base import StageError
 from stages.engines.base import Answer, EngineFailure, Request, Result, SamplingSettings
 from stages.openers import retry_after
-from stages.transfer import LONGEST_WAIT, redact
+from stages.transfer import LONGEST_WAIT
+
+# What all requests meet alike: a server that is not there, a key or a model that it does not know.
+OF_THE_RUN = ("engine_unreachable", "bad_url", "http_401", "http_403", "http_404")
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,27 @@ class OpenAIEngine:
         self.label = label
         self._urls = [chat_url(endpoint) for endpoint in endpoints]
         self._model = model
+        conceal(key)  # servers quote it in their errors
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._concurrency = concurrency
         self._timeout = timeout
         self._retries = retries
+        self._down = False  # nobody answered last time: the next batch is no reason to wait long
         self._backoff = backoff
         self._extra = {"chat_template_kwargs": dict(template_args)} if template_args else {}
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
-        return asyncio.run(self._all(requests, sampling))
+        """Raises StageError where nobody answers any of them."""
+        results = asyncio.run(self._all(requests, sampling))
+        faults = [r for r in results if isinstance(r, EngineFailure) and r.error in OF_THE_RUN]
+        self._down = bool(results) and len(faults) == len(results)
+        if self._down:
+            raise StageError(
+                f"no caption was had from the server ({faults[0].error}): {faults[0].message}. No "
+                "row is settled: start it, or mend recaption's endpoints, model or api_key_env, "
+                "and run again."
+            )
+        return results
 
     def close(self) -> None:
         """Connections last for one `generate`: there is nothing to give back."""
@@ -100,12 +118,13 @@ class OpenAIEngine:
         sampling: SamplingSettings,
     ) -> Result:
         async with gate:
-            for attempt in range(self._retries + 1):
+            retries = 0 if self._down else self._retries
+            for attempt in range(retries + 1):
                 url = self._urls[(number + attempt) % len(self._urls)]
                 got = await self._ask(session, url, request, sampling)
                 if isinstance(got, Answer):
                     return got
-                if not got.retry or attempt == self._retries:
+                if not got.retry or attempt == retries:
                     return EngineFailure(got.error, redact(f"{url}: {got.message}"))
                 wait = self._backoff * 2**attempt * random.uniform(0.5, 1.5)
                 await asyncio.sleep(min(LONGEST_WAIT, max(wait, got.wait or 0.0)))

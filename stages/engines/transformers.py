@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.base import StageError
+from stages.base import Failed, StageError
 from stages.engines.base import (
     Answer,
     EngineFailure,
@@ -19,6 +19,7 @@ from stages.engines.base import (
     encode,
     too_long,
 )
+from stages.halving import Halving
 
 
 class GumbelChoice:
@@ -63,6 +64,7 @@ class TransformersEngine:
         disable_progress_bar()  # of loading weights, amid the run's own lines
         self.label = label
         self._batch = batch
+        self._halving = Halving()
         self._template_args = template_args
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,31 +98,17 @@ class TransformersEngine:
                 results[i] = failure
         # Prompts of a length together: less padding.
         fits.sort(key=lambda i: (len(prompts[i]), i))
-        for start in range(0, len(fits), self._batch):
-            chosen = fits[start : start + self._batch]
-            answers = self._answer(
+
+        def answers(chosen: list[int]) -> list[Result]:
+            return self._forward(
                 [prompts[i] for i in chosen], [requests[i].seed for i in chosen], sampling
             )
-            results |= dict(zip(chosen, answers))
+
+        for i, answer in zip(fits, self._halving(answers, fits, self._batch)):
+            if isinstance(answer, Failed):
+                answer = EngineFailure(answer.error, answer.message)
+            results[i] = answer
         return [results[i] for i in range(len(requests))]
-
-    def _answer(
-        self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingSettings
-    ) -> list[Result]:
-        """One batch; in halves where it does not fit the GPU's memory."""
-        import torch
-
-        try:
-            return self._forward(prompts, seeds, sampling)
-        except torch.OutOfMemoryError as error:
-            if len(prompts) == 1:
-                return [EngineFailure("oom", f"out of GPU memory on one prompt: {error}")]
-        torch.cuda.empty_cache()
-        half = len(prompts) // 2
-        return [
-            *self._answer(prompts[:half], seeds[:half], sampling),
-            *self._answer(prompts[half:], seeds[half:], sampling),
-        ]
 
     def _forward(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingSettings

@@ -69,7 +69,8 @@ def stages(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
     assert set(status) == {"workdir", "stages"}
     for stage in status["stages"]:
         assert set(stage) == {
-            "name", "fingerprint", "state", "in", "kept", "rejected", "failed", "pending",
+            "name", "fingerprint", "state", "in", "kept", "rejected", "failed", "worth_retry",
+            "pending",
         }  # fmt: skip
         settled = sum(stage["rejected"].values()) + sum(stage["failed"].values())
         assert stage["in"] == stage["kept"] + settled + stage["pending"]
@@ -232,8 +233,11 @@ def test_the_source_can_be_looked_at_before_and_after(tmp_path: Path) -> None:
 
 def test_a_stage_may_follow_retry_failed(project: Path) -> None:
     vidpipe(project, "run", "encode")
-    done = vidpipe(project, "run", "--retry-failed", "download")
+    done = vidpipe(project, "run", "download", "--retry-failed", "all")
     assert done.returncode == 0 and "download: 1 of 1 rows" in done.stderr
+    done = vidpipe(project, "run", "--retry-failed", "download")
+    assert done.returncode == 0 and "no failed row is worth another try" in done.stderr
+    assert "(1 missing_file)" in done.stderr
     done = vidpipe(project, "run", "encode", "--retry-failed", "not_a_video")
     assert "probe: 1 of 1 rows" in done.stderr and "download: 1" not in done.stderr
 

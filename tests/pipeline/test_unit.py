@@ -17,6 +17,8 @@ from manifests.shards import LATENTS, Index, LatentSpec, read_latents
 from manifests.store import StoreError
 from pipeline import index, query, unit
 from pipeline import plan as planning
+from pipeline.account import account, summary
+from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
@@ -162,14 +164,48 @@ def test_failed_rows_are_tried_again_on_request(tmp_path: Path) -> None:
     made = pipeline(tmp_path, CAPTIONS)
     go(made)
     assert go(made)[0].settled == {}
-    heard, status = go(made, retry=Retry(True))
+    assert go(made, retry=Retry(True))[0].settled == {}, "a final class: nothing would change"
+    heard, status = go(made, retry=Retry(True, frozenset({"all"})))
     assert heard.settled == {"length": 1}
     assert status["length"].failed == {"bad_caption": 1}
     heard, _ = go(made, retry=Retry(True, frozenset({"bad_caption"})))
     assert heard.settled == {"length": 1}
     view = next(v for v in planning.views(made) if "bad" in v.table.column("caption").to_pylist())
     settled = view.settled("length")
-    assert settled.attempts[settled.outcome.index("failed")] == 3
+    assert settled.attempts[settled.outcome.index("failed").as_py()].as_py() == 3
+
+
+class Flaky(Length):
+    """One of its failure classes may pass."""
+
+    transient = ("busy_5??",)
+
+    def one(self, caption: str | None) -> Outcome:
+        if caption and caption.startswith("busy"):
+            return Failed(caption, "try again")
+        return super().one(caption)
+
+
+def test_what_is_worth_another_try_is_what_the_stage_says(tmp_path: Path) -> None:
+    captions = ["a cat", "busy_503", "busy_404", "bad", "killed_worker", "busy_500"]
+    made = pipeline(tmp_path, captions, stages=(Flaky,))
+    flaky = made.stages["length"]
+    assert [flaky.worth_retry(c) for c in captions] == [False, True, False, False, True, True]
+    _, status = go(made)
+    assert planning.worth_retry(made, status) == {"length": 2}
+    assert account(made)["stages"][1]["worth_retry"] == 2
+    told = summary(made, status, ["length"])
+    assert (
+        told[-1] == "2 failed rows are worth another try as things are: vidpipe run --retry-failed"
+    )
+    assert planning.plan(made, ["length"], Retry(True)).stages["length"].retried == 2
+    assert go(made, retry=Retry(True))[0].settled == {"length": 2}
+    assert go(made, retry=Retry(True, frozenset({"busy_404", "bad_caption"})))[0].settled == {
+        "length": 2
+    }
+    assert go(made, retry=Retry(True, frozenset({"all"})))[0].settled == {"length": 4}
+    with pytest.raises(ConfigError, match="Failed rows: 1 bad_caption, 1 busy_404, 1 busy_500"):
+        go(made, retry=Retry(True, frozenset({"busy_405"})))
 
 
 def test_an_exception_settles_nothing_and_is_told(tmp_path: Path) -> None:
@@ -210,7 +246,7 @@ def test_a_stage_that_breaks_its_contract_is_told_apart(
 def test_large_units_are_committed_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unit, "COMMIT_BYTES", 100)
+    monkeypatch.setattr(unit, "COMMIT_BYTES", 400)
     made = pipeline(tmp_path, ["word"] * 9, [Length], {"length": {"batch_size": 2}})
     made.config.run.model_copy()
     scan(made.store, made.config.source, 9)

@@ -89,6 +89,19 @@ class Shout(Stage[ShoutSettings, str]):
         return [{"loud": row["caption"].upper() + model} for row in rows]
 
 
+class Heavy(Stage[StageSettings, None]):
+    """Makes more than a small disk holds."""
+
+    name = "heavy"
+    Settings = StageSettings
+    reads = ("caption",)
+    adds = pa.schema([pa.field("weight", pa.binary())])
+    after = ("limit",)
+
+    def process(self, rows: list[Row], model: None) -> list[Outcome]:
+        return [{"weight": bytes(3 << 20)} for _ in rows]
+
+
 class Words(Stage[StageSettings, None]):
     """Splits a clip into one part per word of its caption."""
 

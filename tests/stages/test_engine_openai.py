@@ -9,7 +9,7 @@ import pytest
 from web import Request as Web_Request
 from web import Web
 
-from stages.base import Context, Failed
+from stages.base import Context, Failed, StageError
 from stages.engines.base import Answer, EngineFailure, Request, SamplingSettings
 from stages.engines.openai import OpenAIEngine, chat_url, read_answer, said
 from stages.recaption import Recaption, RecaptionSettings
@@ -181,7 +181,7 @@ def test_endpoints_take_turns_and_stand_in_for_each_other() -> None:
     assert [x.text for x in half] == [f"re: {i}" for i in range(6)]
 
 
-def test_nobody_there_is_a_failure_of_each_row() -> None:
+def test_nobody_there_stops_the_stage_and_settles_no_row() -> None:
     with Web(echo) as web:
         url = web.url
     settings = RecaptionSettings(
@@ -195,9 +195,40 @@ def test_nobody_there_is_a_failure_of_each_row() -> None:
     stage = Recaption(settings, Context("/work"))
     stage.check()
     rows = [{"clip_id": str(i), "caption": "x"} for i in range(3)]
-    outcomes = stage.process(rows, stage.setup())
-    assert [type(o) for o in outcomes] == [Failed] * 3
-    assert {o.error for o in outcomes} == {"engine_unreachable"}
+    with pytest.raises(StageError, match=r"\(engine_unreachable\): .*start it, or mend"):
+        stage.process(rows, stage.setup())
+
+
+def test_a_refused_key_stops_the_stage_until_it_is_taken() -> None:
+    taken = False
+
+    def answer(request: Web_Request) -> None:
+        echo(request) if taken else request.reply(401, b'{"error": "no such key"}')
+
+    requests = [Request(str(i), 0) for i in range(3)]
+    with Web(answer) as web:
+        made = engine(web.url)
+        with pytest.raises(StageError, match=r"http_401.*no such key"):
+            made.generate(requests, SAMPLING)
+        taken = True
+        assert [a.text for a in made.generate(requests, SAMPLING)] == ["re: 0", "re: 1", "re: 2"]
+
+
+def test_a_server_that_is_down_is_not_waited_for_again() -> None:
+    asked = []
+
+    def answer(request: Web_Request) -> None:
+        asked.append(1)
+        request.reply(*((503, b"") if len(asked) > 3 else (404, b"no such model")))
+
+    with Web(answer) as web:
+        made = engine(web.url)
+        with pytest.raises(StageError, match="no such model"):
+            made.generate([Request(str(i), 0) for i in range(3)], SAMPLING)
+        (failure,) = made.generate([Request("x", 0)], SAMPLING)
+        assert (failure.error, len(asked)) == ("http_503", 4), "one try"
+        made.generate([Request("x", 0)], SAMPLING)
+        assert len(asked) == 7, "it answers, if only so: three tries"
 
 
 def test_an_empty_answer_fails_its_row() -> None:
@@ -227,9 +258,9 @@ def test_no_message_bears_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
             retries=0,
         )
         stage = Recaption(settings, Context("/work"))
-        (outcome,) = stage.process([{"clip_id": "a", "caption": "x"}], stage.setup())
-    assert outcome.error == "http_403"
-    assert "hunter2" not in str(outcome)
+        with pytest.raises(StageError, match="http_403") as refused:
+            stage.process([{"clip_id": "a", "caption": "x"}], stage.setup())
+    assert "hunter2" not in str(refused.value)
 
 
 def test_a_server_may_leave_out_the_usage() -> None:

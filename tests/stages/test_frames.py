@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
+import threading
 from bisect import bisect_right
 from fractions import Fraction
 from math import floor
 from pathlib import Path
 from typing import Any
 
+import av
 import fsspec
 import numpy as np
 import pytest
 from numbered import ENCRYPTION, make, number, numbers
 
+import stages.video
 from stages.base import Context, Sampling
 from stages.frames import (
     TooShort,
@@ -22,7 +27,7 @@ from stages.frames import (
     sample_few,
     seed_picks,
 )
-from stages.video import opened, section, timeline
+from stages.video import Budget, DecodingSettings, opened, section, timeline
 
 NTSC = Fraction(30000, 1001)
 TV = Sampling(fps=16, frames=32, size=64)
@@ -252,6 +257,26 @@ def test_damage_fails_the_clips_that_need_it_and_no_other(
     assert numbers(after.frames) == list(range(75, 100))
 
 
+@pytest.mark.parametrize("bf", ["0", "3"])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_damage_just_past_the_last_frame_needed_costs_nothing(
+    tmp_path: Path, codec: str, bf: str
+) -> None:
+    keys = {"sc_threshold": "0"} if codec == "libx264" else {}
+    path = make(tmp_path / "a.mkv", 60, 25, codec, g="25", bf=bf, **keys)
+    sound = read_clip(str(path), Sampling(fps=25, frames=25, size=64))
+    damage(path, 25)  # the frame after those: the decoder meets it before it gives the last ones
+    clip = read_clip(str(path), Sampling(fps=25, frames=25, size=64))
+    assert numbers(clip.frames) == list(range(25))
+    assert np.array_equal(clip.frames, sound.frames)
+    # How long the last one is shown is told by when the lost one begins, not guessed.
+    twice = read_clip(str(path), Sampling(fps=50, frames=50, size=64))
+    assert numbers(twice.frames) == [k // 2 for k in range(50)]
+    with pytest.raises(VideoError) as damaged:
+        read_clip(str(path), Sampling(fps=25, frames=26, size=64))
+    assert damaged.value.error == "decode_error"
+
+
 def test_a_frame_made_from_a_damaged_one_is_damaged(tmp_path: Path) -> None:
     path = make(tmp_path / "a.mp4", 100, 25, g="50", bf="0", sc_threshold="0")
     damage(path, 60)  # shown at 2.4 s, and what follows it builds on it
@@ -269,6 +294,86 @@ def test_a_stream_that_lost_packets_is_damaged(tmp_path: Path, codec: str) -> No
     with pytest.raises(VideoError, match="part of the stream is missing") as damaged:
         read_clip(str(path), Sampling(fps=25, frames=90, size=64))
     assert damaged.value.error == "decode_error"
+
+
+def test_a_stream_that_never_ends_costs_the_time_allowed(tmp_path: Path) -> None:
+    once = make(tmp_path / "a.ts", 100, 25, "mpeg2video").read_bytes()
+    path = tmp_path / "live.ts"
+    os.mkfifo(path)
+    stop = threading.Event()
+
+    def feed() -> None:
+        with contextlib.suppress(BrokenPipeError), path.open("wb") as pipe:
+            while not stop.is_set():
+                pipe.write(once)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    budget = Budget(DecodingSettings(decode_seconds=0.5), "probe")
+    try:
+        with (
+            pytest.raises(VideoError, match=r"more than 0\.5 s \(probe\.decode_seconds") as error,
+            opened(str(path), budget=budget) as video,
+        ):
+            timeline(video)
+    finally:
+        stop.set()
+        feeder.join()
+    assert error.value.error == "decode_timeout"
+
+
+@pytest.mark.parametrize("read", [read_clip, lambda path, _, **b: sample_few(path, 3, 32, **b)])
+def test_all_readings_of_a_clip_share_its_time(tmp_path: Path, read: Any) -> None:
+    path = str(make(tmp_path / "a.mp4", 60, 25))
+    read(path, TV, budget=Budget())
+    with pytest.raises(VideoError, match=r"1e-09 s") as error:
+        read(path, TV, budget=Budget(DecodingSettings(decode_seconds=1e-9)))
+    assert error.value.error == "decode_timeout"
+
+
+def test_signs_of_life_come_from_within_a_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(make(tmp_path / "a.mp4", 60, 25))
+    signs: list[int] = []
+    monkeypatch.setattr(stages.video, "alive", lambda: signs.append(1))
+    read_clip(path, TV)
+    assert not signs, "at most one a second"
+    monkeypatch.setattr(stages.video, "SIGN_OF_LIFE", 0.0)
+    read_clip(path, TV)
+    assert len(signs) >= 50
+
+
+def test_frames_that_would_take_gigabytes_are_refused(tmp_path: Path) -> None:
+    path = str(make(tmp_path / "a.mp4", 60, 25))
+    small = Budget(DecodingSettings(max_pixels=64 * 63), "encode")
+    with pytest.raises(VideoError, match=r"64 x 64 pixels, more than encode\.max_pixels") as error:
+        read_clip(path, TV, budget=small)
+    assert error.value.error == "frame_too_large"
+    assert read_clip(path, TV, budget=Budget(DecodingSettings(max_pixels=64 * 64))).length == 32
+    # The header is enough to refuse them: a small file, and a gigabyte of decoder.
+    large = tmp_path / "large.mkv"
+    with av.open(str(large), "w") as output:
+        stream = output.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 8000, 6000, "yuv420p"
+        frame = av.VideoFrame(8000, 6000, "yuv420p")
+        for plane in frame.planes:
+            plane.update(bytes(plane.buffer_size))
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    with pytest.raises(VideoError, match="8000 x 6000") as error, opened(str(large)):
+        pass
+    assert error.value.error == "frame_too_large"
+
+
+def test_more_packets_than_a_day_has_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(make(tmp_path / "a.mp4", 60, 25))
+    monkeypatch.setattr(stages.video, "MOST_PACKETS", 59)
+    with pytest.raises(VideoError, match="more than 59 frames") as error, opened(path) as video:
+        timeline(video)
+    assert error.value.error == "too_many_frames"
 
 
 def test_an_encrypted_video_says_so(tmp_path: Path) -> None:

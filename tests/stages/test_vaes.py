@@ -96,7 +96,7 @@ def test_latents_equal_diffusers_own(saved: tuple[str, str, Any], moments: bool)
     name, folder, module = saved
     both = clips(2, FRAMES[name])
     vae = Vae(folder)
-    got = vae.encode(both, 64, moments)
+    got = torch.stack(vae.encode(both, 64, moments))
     double = 2 if moments and vae.family.posterior else 1
     assert got.shape[1] == double * vae.channels
     for clip, latents in zip(both, got, strict=True):
@@ -107,11 +107,11 @@ def test_neither_batch_nor_order_nor_neighbours_matter(saved: tuple[str, str, An
     name, folder, _ = saved
     three = clips(3, FRAMES[name])
     vae = Vae(folder)
-    whole = vae.encode(three, 64, True)
+    whole = torch.stack(vae.encode(three, 64, True))
     for i in range(3):
         alone = vae.encode(three[i : i + 1], 2, True)[0]
         torch.testing.assert_close(alone, whole[i], atol=1e-5, rtol=0)
-    turned = vae.encode(three.flip(0), 5, True).flip(0)
+    turned = torch.stack(vae.encode(three.flip(0), 5, True)).flip(0)
     torch.testing.assert_close(turned, whole, atol=1e-5, rtol=0)
 
 
@@ -119,7 +119,7 @@ def test_ratios_from_the_config_are_those_of_the_latents(saved: tuple[str, str, 
     name, folder, _ = saved
     shape = shape_of(folder)
     frames = 2 * shape.temporal + 1
-    latents = Vae(folder).encode(clips(1, frames), 64, False)
+    latents = torch.stack(Vae(folder).encode(clips(1, frames), 64, False))
     assert latents.shape[-1] * shape.spatial == SIZE
     assert latents.shape[2] == (frames - 1) // shape.temporal + 1
     assert shape.temporal == {"AutoencoderKL": 1, "AutoencoderTiny": 1}.get(name, shape.temporal)
@@ -169,6 +169,6 @@ def test_taesd_with_its_real_weights(shared_data: Path, tmp_path: Path) -> None:
     module.save_pretrained(tmp_path)
     vae = Vae(str(tmp_path))
     grey = torch.full((1, 2, 64, 64, 3), 128, dtype=torch.uint8)
-    latents = vae.encode(grey, 8, True)
+    latents = torch.stack(vae.encode(grey, 8, True))
     assert latents.shape == (1, 4, 2, 8, 8)
     torch.testing.assert_close(latents[0], by_hand("AutoencoderTiny", module, grey[0], True))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from manifests.shards import INDEX, LATENTS, Index, LatentSpec, with_facts
+from manifests.shards import INDEX, LATENTS, Index, LatentSpec, with_facts, write_index
 from trainer.config import TrainSettings, parse_settings
 
 SHAPE = (4, 4, 4, 4)
@@ -103,7 +103,7 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
             pq.write_table(table, shards[name], row_group_size=3)
         url = str(folder / "index.parquet")
         table = pa.Table.from_pylist(rows, INDEX)
-        Index(str(folder), table, spec, {}).save(url)
+        write_index(url, str(folder), [table], spec, {})
         return Made(url, spec, clips, texts, shards)
 
     return make

@@ -1,0 +1,104 @@
+"""Arrow joins by clip id and row key: which row of what was committed holds for which clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from manifests.schema import ABSENT, OUTCOME
+
+# Where a row stands: its data file and its number there.
+PLACE_FIELDS = (
+    pa.field("_file", pa.dictionary(pa.int32(), pa.string())),
+    pa.field("_row", pa.int64()),
+)
+PLACE = tuple(field.name for field in PLACE_FIELDS)
+
+
+def array(table: pa.Table, name: str) -> pa.Array:
+    """A column as one array."""
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def scattered(at: pa.Array, rows: int) -> pa.Int64Array:
+    """For each of `rows` places the position in `at` that names it; null where none does."""
+    if len(at) == rows:
+        return pa.array(np.arange(rows))
+    place = np.full(rows, -1, np.int64)
+    place[at.to_numpy()] = np.arange(len(at))
+    return pa.array(place, mask=place < 0)
+
+
+def current(tables: Sequence[pa.Table]) -> pa.Table:
+    """The last row of each clip over the tables of the source, less those that are absent.
+
+    Tables that have none are left out: a column of the user's table may have had another type
+    before, and then no row of that time is current, since its key holds the type.
+    """
+    if not tables:
+        return pa.schema([*OUTCOME, *PLACE_FIELDS]).empty_table()
+    ids = pa.concat_arrays([array(table, "clip_id") for table in tables])
+    outcome = pa.concat_arrays([array(table, "outcome") for table in tables])
+    codes = ids.dictionary_encode().indices.to_numpy()
+    last = len(codes) - 1 - np.unique(codes[::-1], return_index=True)[1]
+    here = np.zeros(len(codes), bool)
+    here[last] = True
+    here &= pc.not_equal(outcome, ABSENT).to_numpy(zero_copy_only=False)
+    parts, first = [], 0
+    for table in tables:
+        own = here[first : first + table.num_rows]
+        first += table.num_rows
+        if own.any():
+            parts.append(table if own.all() else table.filter(pa.array(own)))
+    if not parts:
+        return tables[-1].slice(0, 0)
+    return pa.concat_tables(parts, promote_options="permissive").unify_dictionaries()
+
+
+def named(state: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """The id, as the stage was given it, and the row key of every row of the state."""
+    ids = array(state, "clip_id")
+    parents = state.column("parent_id")
+    if parents.null_count < len(parents):
+        ids = pc.coalesce(array(state, "parent_id"), ids)
+    return ids, array(state, "row_key")
+
+
+def last_of(ids: pa.Array, keys: pa.Array, state: pa.Table) -> pa.Int64Array:
+    """For each (id, key) the last row of the state that has them; null where none has."""
+    known_ids, known_keys = named(state)
+    if known_ids.equals(ids) and known_keys.equals(keys):
+        return pa.array(np.arange(len(ids)))  # nearly always: all of a unit in one commit
+    n = len(known_ids)
+    if not n:
+        return pa.nulls(len(ids), pa.int64())
+    wanted = pc.binary_join_element_wise(ids, keys, ":")
+    there = pc.binary_join_element_wise(known_ids, known_keys, ":")
+    # index_in gives the first of equals: the last comes first when all stand in reverse.
+    found = pc.index_in(wanted, there.take(pa.array(np.arange(n - 1, -1, -1))))
+    return pc.subtract(pa.scalar(n - 1, pa.int64()), found.cast(pa.int64()))
+
+
+def parts_of(
+    ids: pa.Array, keys: pa.Array, state: pa.Table, place: pa.Int64Array
+) -> tuple[pa.Array, pa.Array]:
+    """The rows of the view anew, a row that was split as often as it has parts, and for each the
+    row of the state that holds it. Parts of one attempt stand in one file; the last one counts."""
+    found: dict[tuple[str, str], tuple[Any, list[int]]] = {}
+    files = array(state, "_file").to_pylist()
+    for i, (clip, key) in enumerate(zip(*(column.to_pylist() for column in named(state)))):
+        file, parts = found.get((clip, key), (None, []))
+        found[clip, key] = (files[i], [*parts, i] if file == files[i] else [i])
+    wanted = list(zip(ids.to_pylist(), keys.to_pylist()))
+    rows: list[int] = []
+    match: list[int | None] = []
+    for row, at in enumerate(place.to_pylist()):
+        own = [None] if at is None else found.get(wanted[at], (None, [None]))[1]
+        rows += [row] * len(own)
+        match += own
+    return pa.array(rows, pa.int64()), pa.array(match, pa.int64())
