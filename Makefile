@@ -5,11 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test fuzz check clean
 
 help:
 	@echo "make demo    install, then the main job on made clips (two minutes)"
 	@echo "make test    install, then all tests"
+	@echo "make fuzz    FILES=2000 damaged videos, each accounted for (../shared/data)"
 	@echo "make check   ruff and mypy"
 
 install: $(VENV)/.installed
@@ -36,6 +37,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Damaged videos through probe and decoding; another SEED makes other ones.
+fuzz: install
+	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0)
 
 check: install
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(measure: Callable[[argparse.Namespace], Sequence[tuple[str, str]]], about: str) -> None:
-    """Runs `measure` and prints its figures (what, value) in the form asked for."""
+def report(
+    measure: Callable[[argparse.Namespace], Sequence[tuple[str, str]]],
+    about: str,
+    options: Mapping[str, dict[str, Any]] = {},
+) -> None:
+    """Runs `measure` and prints its figures (what, value) in the form asked for. `options` are the
+    benchmark's own, as argparse takes them."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--videos", type=Path, default=SHARED / "videos", help="real files")
+    for name, how in options.items():
+        parser.add_argument(name, **how)
     args = parser.parse_args()
     rows = measure(args)
     facts = machine()

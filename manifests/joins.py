@@ -25,6 +25,15 @@ def array(table: pa.Table, name: str) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
+def taken(values: pa.Array, rows: pa.Array) -> pa.Array:
+    """The values at `rows`; without work where that is all of them in order, as it mostly is."""
+    if len(rows) == len(values) and not rows.null_count:
+        numbers = rows.to_numpy()
+        if not len(numbers) or (numbers[0] == 0 and (np.diff(numbers) == 1).all()):
+            return values
+    return values.take(rows)
+
+
 def scattered(at: pa.Array, rows: int) -> pa.Int64Array:
     """For each of `rows` places the position in `at` that names it; null where none does."""
     if len(at) == rows:

@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from manifests.faults import bare, unusable
 ROW_GROUP_BYTES = 16 << 20
 # Data files never change, so a stage need not read again what the one before it has just written.
 _CACHE_BYTES = 64 << 20
+_WORDS = ("outcome", "reason")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Store:
         except (ValueError, ImportError) as error:
             raise StoreError(f"workdir {bare(url)} can't be used: {error}") from error
         self.local = "file" in _protocols(self.fs)
-        self._tables = _Tables()
+        self._recent = _Recent()
         self._snapshots: dict[str, tuple[str, dict[str, bytes]]] = {}
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -124,6 +125,9 @@ class Store:
         with self._told("read", name, missing=True):
             return cast(bytes, self.fs.cat_file(self.path(name)))
 
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
     def find(self, prefix: str) -> list[str]:
         """The names of all objects under `prefix`, sorted; empty where there are none."""
         if self.local:
@@ -187,10 +191,12 @@ class Store:
     def write_parquet(self, name: str, table: pa.Table) -> tuple[str, int]:
         """Writes the rows durably; returns the file's sha256 (hex) and its length in bytes.
 
-        Payload (binary columns) is neither compressed nor dictionary-encoded: latents are noise.
+        Payload (binary columns) is not compressed: latents are noise. Only words that repeat go
+        into a dictionary: to find that ids, keys and captions don't takes longer than to write
+        them.
         """
         payload = {f.name for f in table.schema if pa.types.is_binary(f.type)}
-        rest = [n for n in table.column_names if n not in payload]
+        words = [n for n in _WORDS if n in table.column_names]
         row_bytes = table.nbytes / max(1, table.num_rows)
         path = self.path(name)
         opened = durable.writing(Path(path)) if self.local else durable.uploading(self.fs, path)
@@ -199,20 +205,29 @@ class Store:
                 table,
                 hashed,
                 compression={n: "none" if n in payload else "zstd" for n in table.column_names},
-                use_dictionary=rest,
-                write_statistics=rest,
+                use_dictionary=words,
+                write_statistics=False,
                 row_group_size=max(1, int(ROW_GROUP_BYTES // max(1.0, row_bytes))),
             )
         return hashed.sha256.hexdigest(), hashed.length
 
+    def recall(self, key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
+        """Arrow data that `key` names for ever: what `find` gave before, or gives now."""
+        data = self._recent.get(key)
+        if data is None:
+            data = find()
+            self._recent.put(key, data)
+        return data
+
     def remember(self, name: str, table: pa.Table) -> None:
         """Spares `read_parquet` the file that was just written, for all columns but payload."""
         light = [f.name for f in table.schema if not pa.types.is_binary(f.type)]
-        self._tables.put(name, light, table.select(light).replace_schema_metadata(None))
+        self._recent.put((name, *light), table.select(light).replace_schema_metadata(None))
 
     def read_parquet(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Raises StoreError, naming the file, where it is missing or damaged."""
-        known = self._tables.get(name, columns)
+        key = (name, *(columns or ()))
+        known: pa.Table | None = self._recent.get(key)
         if known is not None:
             return known
         try:
@@ -220,7 +235,7 @@ class Store:
                 # A unit's columns are small: handing them to threads takes longer than they do.
                 read = pq.ParquetFile(file).read(columns and list(columns), use_threads=False)
                 table = read.replace_schema_metadata(None)
-                self._tables.put(name, columns, table)
+                self._recent.put(key, table)
                 return table
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise StoreError(
@@ -235,30 +250,28 @@ def _unit_of(line: bytes) -> str:
     return line[:-2].rpartition(b'"unit": "')[2].decode()
 
 
-class _Tables:
-    """Small tables read last, by file and columns."""
+class _Recent:
+    """Arrow data used last, by what names it for ever."""
 
     def __init__(self) -> None:
-        self._tables: OrderedDict[tuple[str, tuple[str, ...] | None], pa.Table] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, name: str, columns: Sequence[str] | None) -> pa.Table | None:
-        key = (name, None if columns is None else tuple(columns))
+    def get(self, key: tuple[Any, ...]) -> Any:
         with self._lock:
-            if key in self._tables:
-                self._tables.move_to_end(key)
-            return self._tables.get(key)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
 
-    def put(self, name: str, columns: Sequence[str] | None, table: pa.Table) -> None:
-        if table.nbytes > _CACHE_BYTES // 8:
+    def put(self, key: tuple[Any, ...], data: Any) -> None:
+        if data.nbytes > _CACHE_BYTES // 8:
             return
-        key = (name, None if columns is None else tuple(columns))
         with self._lock:
-            self._bytes += table.nbytes - getattr(self._tables.pop(key, None), "nbytes", 0)
-            self._tables[key] = table
+            self._bytes += data.nbytes - getattr(self._kept.pop(key, None), "nbytes", 0)
+            self._kept[key] = data
             while self._bytes > _CACHE_BYTES:
-                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
 def _walk(path: str, name: str) -> Iterator[str]:

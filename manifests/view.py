@@ -15,10 +15,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from manifests.joins import PLACE, PLACE_FIELDS, array, current, last_of, named, parts_of, scattered
+from manifests.joins import (
+    PLACE,
+    PLACE_FIELDS,
+    array,
+    current,
+    last_of,
+    named,
+    parts_of,
+    scattered,
+    taken,
+)
 from manifests.log import Commit, Counts, History, Log, standing
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED, digest, row_keys
-from manifests.store import Store
+from manifests.store import Store, StoreError
 
 SOURCE_LAYER = "source"
 SOURCE_FINGERPRINT = "pool"  # one pool of units, whatever table the rows came from
@@ -106,8 +116,23 @@ class UnitView:
         """All commits of the stage in this unit, in order; `standing` picks those that count."""
         if name not in self._commits:
             history = None if self._listed is None else self._listed.get(name, History())
-            self._commits[name] = self.dag.log(self.store, name).commits(self.unit, history)
+            commits = self.dag.log(self.store, name).commits(self.unit, history)
+            if history is not None:
+                self._check_files(name, commits, history)
+            self._commits[name] = commits
         return self._commits[name]
+
+    def _check_files(self, name: str, commits: Sequence[Commit], history: History) -> None:
+        """Raises StoreError where a data file that counts is no more."""
+        there = set(history.files)
+        for commit in standing(commits):
+            if commit.data not in there:
+                file = self.dag.log(self.store, name).data_name(self.unit, commit)
+                if not self.store.exists(file):  # it may have come while the listing was made
+                    raise StoreError(
+                        f"{self.store.path(file)}, which a commit names, is missing: `vidpipe "
+                        "verify --repair` marks its rows pending, and the next run makes them anew"
+                    )
 
     def inputs_state(self, name: str) -> str:
         """Names the state of everything upstream: equal as long as no row of it can differ."""
@@ -206,6 +231,11 @@ class UnitView:
         self.settled(name)
         return self._ids(name).take(rows)
 
+    def source_ids(self, rows: pa.Array) -> pa.StringArray:
+        """The ids of the source's clips that the rows at `rows` are, or are parts of."""
+        split = [n for n, layer in self.dag.layers.items() if layer.splits and n in self._settled]
+        return taken(array(self.table, _before(split[0]) if split else "clip_id"), rows)
+
     def _column(self, name: str) -> pa.Array:
         """A column of the view; nulls for one of the user's table that this unit's rows lack."""
         if name in self.table.column_names:
@@ -221,35 +251,54 @@ class UnitView:
         return Settled(*(array(state, n) for n in _SETTLED))
 
     def _settle(self, name: str) -> Settled:
-        layer, table = self.dag.layers[name], self.table
+        layer, n = self.dag.layers[name], self.table.num_rows
         reached = pa.scalar(True)
         for need in layer.needs:
             kept = pc.equal(self._settled[need].outcome, KEPT)
             reached = pc.and_(reached, pc.fill_null(kept, False))
         at = pc.indices_nonzero(reached)
-        inputs = pa.table({c: self._column(c).take(at) for c in layer.reads} or {"": at})
-        keys = row_keys(inputs, layer.reads)
-        ids = self._ids(name).take(at)
+        keys = self._keys(name, at)
+        ids = taken(self._ids(name), at)
         state = self._state(name)
-        place = scattered(at, table.num_rows)
         if layer.splits:
-            rows, match = parts_of(ids, keys, state, place)
+            rows, match = parts_of(ids, keys, state, scattered(at, n))
             self._split(name, rows, match, state)
-            reached, place = reached.take(rows), place.take(rows)
+            reached, place = reached.take(rows), scattered(at, n).take(rows)
+            keys = keys.take(place)
         else:
-            match = last_of(ids, keys, state).take(place)
-        # What is not known of a row that reached the stage is pending.
-        outcome = pc.fill_null(array(state, "outcome").take(match), PENDING)
-        outcome = pc.if_else(reached, outcome, pa.scalar(None, pa.string()))
-        kept = pc.if_else(pc.equal(outcome, KEPT), match, pa.scalar(None, pa.int64()))
-        assert self._table is not None
+            match = last_of(ids, keys, state)
+            if len(at) < n:
+                place = scattered(at, n)
+                keys, match = keys.take(place), match.take(place)
+        reason, message, attempts, file, row = (
+            taken(array(state, column), match) for column in _SETTLED[2:]
+        )
+        outcome = taken(array(state, "outcome"), match)
+        if outcome.null_count:  # what is not known of a row that reached the stage is pending
+            nothing = pa.scalar(None, pa.string())
+            outcome = pc.if_else(reached, pc.fill_null(outcome, PENDING), nothing)
+            attempts = pc.fill_null(attempts, 0)
+        kept = pc.fill_null(pc.equal(outcome, KEPT), False)
+        if not pc.all(kept).as_py():
+            match = pc.if_else(kept, match, pa.scalar(None, pa.int64()))
         for column in layer.adds:
             if not pa.types.is_binary(column.type):
-                values = array(state, column.name).take(kept)
-                self._table = self._table.append_column(column, values)
-        reason, message, attempts, file, row = (array(state, n).take(match) for n in _SETTLED[2:])
-        attempts = pc.fill_null(attempts, 0)
-        return Settled(keys.take(place), outcome, reason, message, attempts, file, row)
+                values = taken(array(state, column.name), match)
+                self._table = self.table.append_column(column, values)
+        return Settled(keys, outcome, reason, message, attempts, file, row)
+
+    def _keys(self, name: str, at: pa.Array) -> pa.StringArray:
+        """The row keys of the rows at `at`, which reached the stage."""
+        layer = self.dag.layers[name]
+
+        def find() -> pa.StringArray:
+            inputs = pa.table({c: taken(self._column(c), at) for c in layer.reads} or {"": at})
+            return row_keys(inputs, layer.reads)
+
+        # What is upstream decides them: the stages after this one need not hash it all again.
+        split = [n for n in self._settled if self.dag.layers[n].splits]
+        state = (self.unit, self.inputs_state(name), *split)
+        return self.store.recall(("keys", name, layer.fingerprint, *state), find)
 
     def _split(self, name: str, rows: pa.Array, match: pa.Array, state: pa.Table) -> None:
         """Replaces each row that was split by its parts, in the table and in all that is settled;

@@ -22,12 +22,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pyarrow as pa
-
 from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
-from pipeline.unit import Receipt, Retry, run_unit
+from pipeline.unit import Part, Receipt, Retry, run_unit
 from pipeline.watch import Watch
 from stages import base
 
@@ -70,8 +68,9 @@ def serve(connection: Connection) -> NoReturn:
             match message:
                 case ("job", number, *rest):
                     job.take(number, *rest)
-                case ("unit", unit, apart, condemned):
-                    receipt = job.run(unit, supervisor, supervisor.watch(apart, condemned))
+                case ("unit", unit, part, apart, condemned):
+                    watch = supervisor.watch(apart, condemned)
+                    receipt = job.run(unit, part, supervisor, watch)
                     supervisor.send("receipt", asdict(receipt))
     os._exit(0)  # native threads of torch and FFmpeg may abort an ordinary end
 
@@ -82,6 +81,7 @@ class _Job:
     fault: str | None = None
 
     def __init__(self) -> None:
+        self._store: Store | None = None
         self._model_of: int | None = None
         self._model: Callable[[], Any] | None = None
 
@@ -89,19 +89,21 @@ class _Job:
         self, number: int, store: Store, dag: Dag, stage: base.Stage[Any, Any], retry: Retry
     ) -> None:
         self.fault = None
-        self._store, self._dag, self._stage, self._retry = store, dag, stage, retry
+        if self._store is None or self._store.url != store.url:
+            self._store = store  # it remembers what was read last
+        self._dag, self._stage, self._retry = dag, stage, retry
         if stage.loads_model and number != self._model_of:
             self._model = None  # the last one goes before the next one comes
             gc.collect()
             self._model_of, self._model = number, functools.cache(stage.setup)
 
-    def run(self, unit: str, supervisor: _Supervisor, watch: Watch) -> Receipt:
-        if self.fault is not None:
+    def run(self, unit: str, part: Part, supervisor: _Supervisor, watch: Watch) -> Receipt:
+        if self.fault is not None or self._store is None:
             return Receipt("", unit, error=self.fault)
         stage = self._stage
         model = self._model if stage.loads_model and self._model else stage.setup
         return run_unit(
-            self._store, self._dag, stage, model, unit, self._retry, supervisor.rows, watch=watch
+            self._store, self._dag, stage, model, unit, self._retry, supervisor.rows, watch, part
         )
 
 
@@ -133,8 +135,8 @@ class _Supervisor:
         supervisor = self
 
         class Supervised(Watch):
-            def begin(self, ids: pa.ChunkedArray) -> None:
-                supervisor.send("begin", ids.to_pylist())
+            def begin(self, ids: Sequence[str]) -> None:
+                supervisor.send("begin", list(ids))
 
             def committed(self) -> None:
                 supervisor.send("committed")

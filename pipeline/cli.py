@@ -31,10 +31,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def main() -> None:
     """The `vidpipe` command."""
-    stop.listen()
     from manifests.redact import redact_logs, shown
 
     redact_logs()
+    stop.listen()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:

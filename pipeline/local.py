@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from manifests.store import StoreUnusable
 from pipeline import stop
@@ -16,24 +16,43 @@ from pipeline.worker import Driver, InProcess, Job, Runs, Worker
 def run(
     pipeline: Pipeline, stages: Sequence[str], plan: Plan, retry: Retry, report: Reporter
 ) -> list[Receipt]:
-    """Runs `stages` over the plan's units, one stage after the other; returns the receipts of
-    units that raised. Ends early where somebody asks to stop. Raises StoreUnusable where nothing
-    can be written any more."""
+    """Runs `stages` over the plan's units; returns the receipts of units that raised. Ends early
+    where somebody asks to stop. Raises StoreUnusable where nothing can be written any more."""
     faults: list[Receipt] = []
     worker: Runs = Worker() if pipeline.config.run.isolate else InProcess()
     driver = Driver(report.rows, report.note, stop.asked)
     try:
-        for name in stages:
-            job = Job(pipeline.store, pipeline.dag, pipeline.stages[name], retry)
-            for unit in plan.stages[name].units:
-                if stop.asked():
-                    return faults
-                receipt = worker.run(job, unit, driver)
-                report.unit(receipt)
-                if receipt.halts:
-                    raise StoreUnusable(receipt.error)
-                if receipt.error:
-                    faults.append(receipt)
+        for chain in chains(pipeline, stages):
+            jobs = [
+                Job(pipeline.store, pipeline.dag, pipeline.stages[name], retry) for name in chain
+            ]
+            wanted = [set(plan.stages[name].units) for name in chain]
+            for unit in plan.units:
+                for job in (job for job, units in zip(jobs, wanted) if unit in units):
+                    if stop.asked():
+                        return faults
+                    receipt = worker.run(job, unit, driver)
+                    report.unit(receipt)
+                    if receipt.halts:
+                        raise StoreUnusable(receipt.error)
+                    if receipt.error:
+                        faults.append(receipt)
     finally:
         worker.close()
     return faults
+
+
+def chains(pipeline: Pipeline, stages: Sequence[str]) -> Iterator[list[str]]:
+    """The stages, in order, cut so that a unit goes through those of a chain one after the other:
+    what one has written the next need not read. A stage that loads a model stands alone."""
+    chain: list[str] = []
+    for name in stages:
+        if pipeline.stages[name].loads_model:
+            if chain:
+                yield chain
+            yield [name]
+            chain = []
+        else:
+            chain.append(name)
+    if chain:
+        yield chain

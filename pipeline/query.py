@@ -72,18 +72,23 @@ def select(
     """
     import duckdb
 
-    parts: list[pa.Table] = []
-    for part in tables(pipeline, stage):
-        parts.append(part)
-        if where is None and limit is not None and sum(p.num_rows for p in parts) >= limit:
-            break
-    view = pa.concat_tables(parts or [_schema(pipeline.columns()).empty_table()])
+    schema = _schema(pipeline.columns())
     for column in columns:
-        if column not in view.column_names:
+        if column not in schema.names:
             raise ConfigError(
-                f"there is no column {column!r}.{did_you_mean(column, view.column_names)} "
-                f"Columns: {', '.join(view.column_names)}."
+                f"there is no column {column!r}.{did_you_mean(column, schema.names)} "
+                f"Columns: {', '.join(schema.names)}."
             )
+    faults: list[Exception] = []  # what DuckDB would wrap in an error of its own
+
+    def rows() -> Iterator[pa.RecordBatch]:
+        try:
+            for table in tables(pipeline, stage):
+                yield from table.cast(schema).to_batches()
+        except Exception as error:
+            faults.append(error)
+            raise
+
     wanted = ", ".join(f'"{column}"' for column in columns) or "*"
     query = f"SELECT {wanted} FROM manifest"  # noqa: S608  columns are checked, files out of reach
     if where:
@@ -92,10 +97,13 @@ def select(
         query += f" LIMIT {limit:d}"
     settings = {"enable_external_access": "false", "lock_configuration": "true"}
     with duckdb.connect(config=settings) as connection:
-        connection.register("manifest", view)
+        # As DuckDB asks for them: unit by unit, and no more than the limit needs.
+        connection.register("manifest", pa.RecordBatchReader.from_batches(schema, rows()))
         try:
             return connection.sql(query).to_arrow_table()
         except duckdb.Error as error:
+            if faults:
+                raise faults[0] from None
             raise ConfigError(f"--where {where!r}: {str(error).splitlines()[0]}") from error
 
 

@@ -45,6 +45,9 @@ TASK_RETRIES, WORKER_RESTARTS = 2, 3
 # Only names of units pass through the object store.
 OBJECT_STORE_BYTES = 128 << 20
 POLL_SECONDS = 0.5
+# Where models are at work units travel in parts of about so many rows: enough of them to keep every
+# GPU at work to the end, and to lose little with one.
+PART_ROWS = 256
 # Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
 STOP_SECONDS = 6.0
 
@@ -125,8 +128,9 @@ def run(
     settings = pipeline.config.run
     with cluster(settings, pipeline.config.base, report) as offer:
         active = [name for name in stages if plan.stages[name].units]
+        parts = -(-plan.unit_rows // PART_ROWS)
         workers = {
-            name: share(pipeline.stages[name], offer, len(plan.stages[name].units))
+            name: share(pipeline.stages[name], offer, len(plan.stages[name].units) * parts)
             for name in active
         }
         faults: list[Receipt] = []
@@ -134,13 +138,18 @@ def run(
             for number, part in enumerate(passes(workers, offer, settings.mode, active), 1):
                 if explain:
                     report.note(_spread(number, part, workers))
-                units = [
-                    u for u in plan.units if any(u in plan.stages[s].units for s in part.stages)
+                wanted = {unit for name in part.stages for unit in plan.stages[name].units}
+                cut = parts if any(workers[name].actor for name in part.stages) else 1
+                work = [
+                    (unit, number, cut)
+                    for unit in plan.units
+                    if unit in wanted
+                    for number in range(cut)
                 ]
-                for start in range(0, len(units), WAVE_UNITS):
+                for start in range(0, len(work), WAVE_UNITS):
                     if stop.asked():
                         return faults
-                    wave = units[start : start + WAVE_UNITS]
+                    wave = work[start : start + WAVE_UNITS]
                     faults += _run_wave(pipeline, part, workers, wave, retry, tally)
         return faults
 
@@ -158,14 +167,15 @@ def _run_wave(
     pipeline: Pipeline,
     part: Pass,
     workers: Mapping[str, Workers],
-    units: Sequence[str],
+    work: Sequence[tuple[str, int, int]],
     retry: Retry,
     tally: Any,
 ) -> list[Receipt]:
-    blocks = len(units)
-    dataset = ray.data.from_items(
-        [{"unit": unit, "faults": "[]"} for unit in units], override_num_blocks=blocks
-    )
+    items = [
+        {"unit": unit, "part": number, "parts": parts, "faults": "[]"}
+        for unit, number, parts in work
+    ]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
     for name in part.stages:
         job = Job(pipeline.store, pipeline.dag, pipeline.stages[name], retry)
         share_ = workers[name]
@@ -212,8 +222,11 @@ def _map_batches(dataset: ray.data.Dataset, worker: Any, **options: Any) -> ray.
         return dataset.map_batches(worker, **options)
 
 
+_ITEM = ("unit", "part", "parts", "faults")
+
+
 def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, Any]]:
-    """What a worker does with one row of the dataset: one unit."""
+    """What a worker does with one row of the dataset: a unit, or part of one."""
 
     def step(batch: dict[str, Any], worker: Runs) -> dict[str, Any]:
         rows = Counter("vidpipe_rows", "rows settled", tag_keys=("stage", "outcome"))
@@ -226,14 +239,15 @@ def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, An
 
         driver = Driver(on_rows, tally.note.remote, _Stopping(tally))
         faults = []
-        for unit, before in zip(batch["unit"], batch["faults"]):
+        for unit, *part, before in zip(*(batch[name] for name in _ITEM)):
             own = []
             if not ray.get(tally.begin.remote()):
-                receipt = worker.run(job, str(unit), driver)
-                tally.unit.remote(receipt)
+                number, parts = map(int, part)
+                receipt = worker.run(job, str(unit), driver, (number, parts))
+                tally.unit.remote(receipt, parts)
                 own = [asdict(receipt)] if receipt.error else []
             faults.append(json.dumps(json.loads(str(before)) + own))
-        return {"unit": batch["unit"], "faults": faults}
+        return {**batch, "faults": faults}
 
     return step
 

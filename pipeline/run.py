@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from manifests.intake import Scan, scan
@@ -18,6 +19,7 @@ from pipeline.resources import check_workdir, free_space
 from pipeline.unit import EVERY_CLASS, Receipt, Retry
 
 LOW_SPACE = 2 << 30
+READING_SECONDS = 10.0
 
 
 @dataclass
@@ -42,7 +44,9 @@ def prepare(
     check_workdir(pipeline.config.workdir)
     if not pipeline.store.local:
         pipeline.store.prove()
-    done = scan(pipeline.store, pipeline.config.source, pipeline.config.run.unit_size)
+    done = scan(
+        pipeline.store, pipeline.config.source, pipeline.config.run.unit_size, _reading(report)
+    )
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""
         changed = f", {done.changed} changed" if done.changed else ""
@@ -54,6 +58,19 @@ def prepare(
         # What has nothing to do was checked when it was done: the second run is over at once.
         pipeline.bind(stages)
     return done, stages, todo
+
+
+def _reading(report: Reporter) -> Callable[[int], None]:
+    """Tells of a table that takes long to read."""
+    last = time.monotonic()
+
+    def progress(rows: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= READING_SECONDS:
+            last = time.monotonic()
+            report.note(f"source: {rows} rows read")
+
+    return progress
 
 
 def run(
@@ -80,6 +97,8 @@ def run(
             faults = _run(pipeline, stages, todo, retry, report, explain)
     finally:
         report.end()
+    for name in pipeline.dag.layers:
+        pipeline.dag.log(pipeline.store, name).compact()
     index.refresh(pipeline)
     return Result(done, stages, True, status(pipeline), faults)
 

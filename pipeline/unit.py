@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 
 from manifests.faults import StoreError, StoreUnusable, halts
 from manifests.log import Counts
-from manifests.redact import redact, redact_logs, redacted, sentence, sentences
+from manifests.redact import redact, redact_logs, redacted, sentence
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Store
 from manifests.view import Dag, UnitView, tally
-from pipeline.watch import UNWATCHED, Watch, batches
+from pipeline.watch import UNWATCHED, Batch, Watch, batches
 from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
@@ -32,6 +32,8 @@ COMMIT_BYTES = 256 << 20
 EVERY_CLASS = "all"
 
 AnyStage = Stage[Any, Any]
+Part = tuple[int, int]  # of a unit's clips: number, of how many
+WHOLE: Part = (0, 1)
 OnRows = Callable[[str, Counts], None]
 
 
@@ -81,15 +83,14 @@ def run_unit(
     unit: str,
     retry: Retry = Retry(),
     on_rows: OnRows = lambda stage, counts: None,
-    part: tuple[int, int] = (0, 1),
     watch: Watch = UNWATCHED,
+    part: Part = WHOLE,
 ) -> Receipt:
     """Settles and commits the pending rows of `unit` at `stage`, or what of them is done when
     `watch` asks to stop.
 
-    `model` gives what the stage's `setup` made; it is called only if a row is pending. `part` is
-    the share of a unit's clips that is wanted, as (number, of how many): workers may settle one
-    unit side by side.
+    `model` gives what the stage's `setup` made; it is called only if a row is pending. Several
+    workers may settle one unit side by side, each a `part` of it.
     """
     redact_logs()
     receipt = Receipt(stage.name, unit)
@@ -102,25 +103,33 @@ def run_unit(
         settled = view.settled(stage.name)
         pending = _pending(view, stage.name, retry, part)
         rows = view.inputs(stage.name, pending, [*dict.fromkeys((*stage.reads, *stage.carries))])
-        keys, attempts = settled.key.take(pending), settled.attempts.take(pending)
+        book = pa.table(
+            {
+                "clip_id": rows.column("clip_id"),
+                "row_key": settled.key.take(pending),
+                "attempts": settled.attempts.take(pending),
+            }
+        )
         loaded = model() if rows.num_rows else None
         clock.lap("read")
         done: list[pa.Table] = []
-        for batch in batches(rows.column("clip_id"), stage.batch_size, watch):
+        for batch in batches(book.column("clip_id").to_pylist(), stage.batch_size, watch):
             if watch.stopping():
                 break
-            inputs, tried = batch.of(rows), batch.of(attempts)
-            ids = inputs.column("clip_id")
+            own = _picked(book, batch)
+            ids = own.column("clip_id").to_pylist()
             outcomes: Sequence[Outcome] | pa.Table
+            tries: Any = 1
             if batch.condemned:
-                verdicts = [watch.condemned[clip] for clip in ids.to_pylist()]
+                verdicts = [watch.condemned[clip] for clip in ids]
                 outcomes = [verdict.outcome() for verdict in verdicts]
-                tried = pc.add(tried, pa.array([v.attempts - 1 for v in verdicts], pa.int32()))
+                tries = pa.array([verdict.attempts for verdict in verdicts])
             else:
                 watch.begin(ids)
-                outcomes = stage.process_table(inputs, loaded)
+                outcomes = stage.process_table(_picked(rows, batch), loaded)
             clock.lap("process")
-            new = settle(stage, ids, batch.of(keys), tried, outcomes)
+            attempts = pc.add(own.column("attempts"), tries).cast(pa.int32())
+            new = settle(stage, own.set_column(2, "attempts", attempts), outcomes)
             counts = _tally(new)
             on_rows(stage.name, counts)
             receipt.counts += counts
@@ -152,7 +161,7 @@ def _is_done(view: UnitView, name: str, retry: Retry) -> bool:
     return not any(retry.wants(FAILED, reason) for reason in commit.counts.failed)
 
 
-def _pending(view: UnitView, name: str, retry: Retry, part: tuple[int, int]) -> pa.Array:
+def _pending(view: UnitView, name: str, retry: Retry, part: Part) -> pa.Array:
     """The rows of the view that are to be settled."""
     settled, rows = view.settled(name), view.reached(name)
     outcome = settled.outcome.take(rows)
@@ -162,35 +171,34 @@ def _pending(view: UnitView, name: str, retry: Retry, part: tuple[int, int]) -> 
         wanted = pc.or_(wanted, pa.array([retry.wants(*each) for each in known], pa.bool_()))
     number, parts = part
     if parts > 1:
-        # By the clip's id: the same for every worker, whatever has been settled meanwhile.
-        own = [int(clip[:8], 16) % parts == number for clip in view.ids(name, rows).to_pylist()]
+        # By the source's clip: the same for every worker and at every stage, split or not.
+        own = [int(clip[:8], 16) % parts == number for clip in view.source_ids(rows).to_pylist()]
         wanted = pc.and_(wanted, pa.array(own, pa.bool_()))
     return rows.filter(wanted)
 
 
-def settle(
-    stage: AnyStage,
-    ids: pa.ChunkedArray,
-    keys: pa.Array,
-    attempts: pa.Array,
-    outcomes: Sequence[Outcome] | pa.Table,
-) -> pa.Table:
+def _picked(table: pa.Table, batch: Batch) -> pa.Table:
+    places = batch.places
+    if isinstance(places, range):
+        return table.slice(places.start, len(places))
+    return table.take(pa.array(places, pa.int64()))
+
+
+def settle(stage: AnyStage, book: pa.Table, outcomes: Sequence[Outcome] | pa.Table) -> pa.Table:
     """The outcomes of a batch as rows of the stage's manifest: OUTCOME and the columns it adds.
 
-    Raises StageBug where they break the contract.
+    `book` has the rows' `clip_id`, `row_key` and `attempts`. Raises StageBug where the outcomes
+    break the contract.
     """
     schema = pa.schema([*OUTCOME, *stage.adds])
-    if len(outcomes) != len(ids):
-        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(ids)} rows")
-    attempts = pc.add(attempts, pa.scalar(1, pa.int32()))
+    if len(outcomes) != len(book):
+        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(book)} rows")
     try:
         if isinstance(outcomes, pa.Table):
-            given = {"clip_id": ids, "row_key": keys, "attempts": attempts, "outcome": KEPT}
+            given = {"outcome": KEPT, **{n: book.column(n) for n in book.column_names}}
             given |= {name: outcomes.column(name) for name in outcomes.column_names}
-            given |= {n: sentences(given[n]) for n in ("reason", "message") if n in given}
-            return _whole(stage, given, len(ids), schema)
-        known = zip(keys.to_pylist(), attempts.to_pylist())
-        records = list(_records(stage, ids.to_pylist(), list(known), outcomes))
+            return _whole(stage, given, len(book), schema)
+        records = list(_records(stage, book.to_pylist(), outcomes))
         return pa.Table.from_pylist(records, schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise StageBug(
@@ -217,14 +225,9 @@ def _whole(stage: AnyStage, given: dict[str, Any], rows: int, schema: pa.Schema)
     return table
 
 
-def _records(
-    stage: AnyStage,
-    ids: Sequence[str],
-    keys: Sequence[tuple[str, int]],
-    outcomes: Sequence[Outcome],
-) -> Iterator[Row]:
-    for clip, (key, attempts), outcome in zip(ids, keys, outcomes, strict=True):
-        base = {"clip_id": clip, "row_key": key, "attempts": attempts}
+def _records(stage: AnyStage, book: Sequence[Row], outcomes: Sequence[Outcome]) -> Iterator[Row]:
+    for base, outcome in zip(book, outcomes, strict=True):
+        clip = base["clip_id"]
         match outcome:
             case Rejected("" | None) | Failed("" | None):
                 raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import pyarrow as pa
 
 from stages.base import Failed
 
@@ -34,7 +31,7 @@ class Watch:
     apart: Sequence[Sequence[str]] = ()
     condemned: Mapping[str, Verdict] = field(default_factory=dict)
 
-    def begin(self, ids: pa.ChunkedArray) -> None:
+    def begin(self, ids: Sequence[str]) -> None:
         """`process` is about to get these clips. They are through once their rows are settled."""
 
     def committed(self) -> None:
@@ -52,28 +49,25 @@ UNWATCHED = Watch()
 class Batch:
     """Rows, by their places among the pending ones, that are settled together."""
 
-    places: range | pa.Array
+    places: Sequence[int]
     condemned: bool = False
 
-    def of(self, rows: Any) -> Any:
-        """Its rows of a table or values of an array."""
-        if isinstance(self.places, range):
-            return rows.slice(self.places.start, len(self.places))
-        return rows.take(self.places)
 
-
-def batches(ids: pa.ChunkedArray, size: int, watch: Watch) -> Iterator[Batch]:
+def batches(ids: Sequence[str], size: int, watch: Watch) -> Iterator[Batch]:
     """All of `ids` once, in batches of at most `size`: first the condemned, then the groups that
     stand apart, so that a death among them costs no finished work, then the rest in its order."""
     if not watch.apart and not watch.condemned:
-        for start in range(0, len(ids), size):
-            yield Batch(range(start, min(start + size, len(ids))))
+        yield from _cut(range(len(ids)), size)
         return
-    place = {clip: i for i, clip in enumerate(ids.to_pylist())}
-    condemned = [i for clip in watch.condemned if (i := place.pop(clip, None)) is not None]
+    condemned = [i for i, clip in enumerate(ids) if clip in watch.condemned]
     if condemned:
-        yield Batch(pa.array(condemned, pa.int64()), condemned=True)
-    groups = [[i for c in group if (i := place.pop(c, None)) is not None] for group in watch.apart]
-    for group in (*groups, list(place.values())):
-        for start in range(0, len(group), size):
-            yield Batch(pa.array(group[start : start + size], pa.int64()))
+        yield Batch(condemned, condemned=True)
+    place = {clip: i for i, clip in enumerate(ids) if clip not in watch.condemned}
+    for group in watch.apart:
+        yield from _cut([i for clip in group if (i := place.pop(clip, None)) is not None], size)
+    yield from _cut(list(place.values()), size)
+
+
+def _cut(places: Sequence[int], size: int) -> Iterator[Batch]:
+    for start in range(0, len(places), size):
+        yield Batch(places[start : start + size])

@@ -15,7 +15,7 @@ import pytest
 from manifests import durable
 from manifests.faults import halts, unusable
 from manifests.log import Counts, Log
-from manifests.shards import INDEX, Index, LatentSpec
+from manifests.shards import LatentSpec, write_index
 from manifests.store import Store, StoreError, StoreUnusable
 
 TABLE = pa.table({"clip_id": ["a", "b"], "blob": pa.array([os.urandom(1 << 20)] * 2)})
@@ -85,11 +85,10 @@ def test_a_full_disk_stops_creates_puts_and_the_index(small_disk: Path) -> None:
     fill(small_disk)
     before = store.find("")
     spec = LatentSpec("v", "AutoencoderKL", "", "f", False, 1, 1, 8, [0.0], [1.0])
-    index = Index(store.url, INDEX.empty_table(), spec, {})
     for attempt in (
         lambda: store.create("a/commit", b"x" * 9000),
         lambda: store.put("state", b"x" * 9000),
-        lambda: index.save(f"{store.url}/index/t.parquet"),
+        lambda: write_index(f"{store.url}/index/t.parquet", store.url, [], spec, {}),
     ):
         with pytest.raises(StoreUnusable, match="the disk is full"):
             attempt()

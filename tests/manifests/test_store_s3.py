@@ -16,7 +16,7 @@ import pytest
 from s3_faults import BUCKET, Proxy
 
 from manifests.log import Counts, Log
-from manifests.shards import INDEX, Index, LatentSpec
+from manifests.shards import INDEX, Index, LatentSpec, write_index
 from manifests.store import Store, StoreError, StoreUnusable
 
 TABLE = pa.table({"clip_id": ["a", "b"], "n": [1, 2], "blob": pa.array([b"x" * 9, b"y"])})
@@ -233,9 +233,9 @@ def test_the_index_is_written_and_opened(store: Store, s3: Proxy) -> None:
     url = f"{store.url}/index/train.parquet"
     for caption in ("old", "new"):
         table = pa.Table.from_pylist([{**row, "caption": caption}], schema=INDEX)
-        Index(store.url, table, spec, {}).save(url)
+        write_index(url, store.url, [table], spec, {})
         assert Index.open(url).table.column("caption").to_pylist() == [caption]
     assert store.find("index") == ["index/train.parquet"]
     s3.fault("500", "PUT")
     with pytest.raises(StoreUnusable, match=r"train\.parquet"):
-        Index(store.url, table, spec, {}).save(url)
+        write_index(url, store.url, [table], spec, {})

@@ -429,3 +429,46 @@ def test_the_view_keeps_types_of_empty_columns(tmp_path: Path) -> None:
     assert table.schema.field("words").type == pa.int64()
     assert table.schema.field("loud").type == pa.string()
     assert Limit.name in made.dag.ancestors[Shout.name]
+
+
+def test_missing_data_is_noticed_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    go(made)
+    data = next(n for n in made.store.find("length") if n.endswith(".parquet"))
+    made.store.delete(data)
+    for look in (planning.status, lambda made: run(made, (), Retry(), Reporter())):
+        with pytest.raises(StoreError, match=f"{Path(data).name}.*verify --repair"):
+            look(made)
+
+
+def test_a_run_of_many_units_leaves_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manifests.log._LOOSE_COMMITS", 4)
+    made = pipeline(tmp_path, CAPTIONS * 5)
+    go(made)
+    loose = [n for n in made.store.find("") if n.endswith(".json") and "/scans/" not in n]
+    status, table = planning.status(made), query.select(made, None)
+    assert made.store.find("length/" + made.dag.layers["length"].fingerprint + "/snapshots")
+    for name in loose:
+        made.store.delete(name)
+    made = pipeline(tmp_path, CAPTIONS * 5)
+    assert planning.status(made) == status
+    assert query.select(made, None).equals(table)
+    assert go(made)[0].settled == {}
+
+
+def test_parts_of_a_unit_are_settled_side_by_side(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS * 4, [Length])
+    scan(made.store, made.config.source, 100)
+    (name,) = made.dag.log(made.store, "source").units()
+    stage = made.stages["length"]
+    receipts = [
+        run_unit(made.store, made.dag, stage, stage.setup, name, part=(number, 3))
+        for number in (2, 0, 1)
+    ]
+    assert sum(r.counts.total for r in receipts) == 24
+    assert all(0 < r.counts.total < 24 for r in receipts)
+    commits = made.dag.log(made.store, "length").commits(name)
+    assert [c.counts.pending for c in commits][-1] == 0
+    assert planning.status(made)["length"] == Counts(24, 12, {"empty": 8}, {"bad_caption": 4})
