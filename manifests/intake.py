@@ -52,7 +52,7 @@ from manifests.sources import SourceSettings, extras_schema, read_tables, resolv
 from manifests.store import Store, StoreError
 from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer, tally
 
-MIN_UNIT, MAX_UNIT = 4, 4096
+MIN_UNIT, MAX_UNIT = 4, 8192
 SCANS = "source/scans"
 _ROWS = 1 << 16  # rows that are judged and spilled at once
 
@@ -96,13 +96,13 @@ def source_signature(settings: SourceSettings) -> str:
 def scans(store: Store) -> list[Scan]:
     """Every scan so far, in order. Raises StoreError for a damaged record."""
     found = []
-    for name in store.find(SCANS):
+    for name in (n for n in store.find(SCANS) if n.endswith(".json")):
         try:
             found.append(Scan(**json.loads(store.read(name))))
         except (ValueError, TypeError) as error:
             raise StoreError(
-                f"{store.path(name)} is no record of a scan any more ({error}): delete "
-                f"{store.path(SCANS)} and {store.path(SOURCE_LAYER)} to have the source read anew"
+                f"{store.path(name)} is no record of a scan any more ({error}): "
+                "`vidpipe verify --repair` has the source read anew"
             ) from error
     return found
 

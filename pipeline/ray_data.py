@@ -48,6 +48,8 @@ POLL_SECONDS = 0.5
 # Where models are at work units travel in parts of about so many rows: enough of them to keep every
 # GPU at work to the end, and to lose little with one.
 PART_ROWS = 256
+# Units or parts that each worker gets at least, where there are enough: the last ones end together.
+ROUNDS = 4
 # Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
 STOP_SECONDS = 6.0
 
@@ -60,10 +62,10 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
     """
     # The C++ side of the driver writes its messages straight to stderr, amid the progress.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # A worker that was given no GPU must see none, or every `device: auto` takes the first.
     # Memory that runs out is left to the kernel: it ends the worker's child that takes most, which
     # is then known to have died of it. Ray would end the worker, whose child takes it unseen.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    # A worker that was given no GPU must see none, or every `device: auto` takes the first.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # Stages of the user's own are modules beside vidpipe.yaml. A private Ray hands its workers this
     # process' environment; a runtime_env would do it too, and cost each worker a second start.
@@ -78,17 +80,18 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
         runtime_env = {"env_vars": {"PYTHONPATH": path}}
         options = {"address": run.address, "runtime_env": runtime_env}
     try:
-        with _environment("PYTHONPATH", path), _muted_stderr():
-            context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-        stop.renew()  # Ray takes SIGTERM for itself
-    except (ConnectionError, RuntimeError) as error:
-        where = run.address or "this machine"
-        raise RunError(f"Ray can't be started on {where}: {error}") from error
-    try:
-        if context.dashboard_url:
-            report.note(f"Ray dashboard: http://{context.dashboard_url}")
-        if run.address is not None:
-            _await_nodes(run, report)
+        with stop.raised():
+            try:
+                with _environment("PYTHONPATH", path), _muted_stderr():
+                    context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError) as error:
+                where = run.address or "this machine"
+                raise RunError(f"Ray can't be started on {where}: {error}") from error
+            stop.renew()  # Ray takes SIGTERM for itself
+            if context.dashboard_url:
+                report.note(f"Ray dashboard: http://{context.dashboard_url}")
+            if run.address is not None:
+                _await_nodes(run, report)
         there = ray.cluster_resources()
         yield Offer(there.get("CPU", 0.0), usable_gpus(run, there.get("GPU", 0.0)))
     finally:
@@ -138,7 +141,8 @@ def run(
                 if explain:
                     report.note(_spread(number, part, workers))
                 wanted = {unit for name in part.stages for unit in plan.stages[name].units}
-                cut = parts if any(workers[name].actor for name in part.stages) else 1
+                own = [workers[name] for name in part.stages]
+                cut = _cut(own, len(wanted), parts)
                 work = [
                     (unit, number, cut)
                     for unit in plan.units
@@ -151,6 +155,14 @@ def run(
                     wave = work[start : start + WAVE_UNITS]
                     faults += _run_wave(pipeline, part, workers, wave, retry, tally)
         return faults
+
+
+def _cut(workers: Sequence[Workers], units: int, parts: int) -> int:
+    """Into how many parts units are cut: as many as they have where a model is at work, and else
+    only so that no worker is without one, since reading and committing have their price."""
+    if any(each.actor for each in workers):
+        return parts
+    return min(parts, -(-ROUNDS * max(each.count for each in workers) // units))
 
 
 def _spread(number: int, part: Pass, workers: Mapping[str, Workers]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from manifests.faults import halts
 from manifests.intake import Scan, scan
 from manifests.log import Counts
 from manifests.schema import did_you_mean
@@ -46,13 +48,19 @@ def prepare(
     check_workdir(pipeline.config.workdir)
     if not pipeline.store.local:
         pipeline.store.prove()
-    done = scan(
-        pipeline.store,
-        pipeline.config.source,
-        pipeline.config.run.unit_size,
-        _reading(report),
-        anew=_looks_anew(pipeline, stages, retry),
-    )
+    try:
+        done = scan(
+            pipeline.store,
+            pipeline.config.source,
+            pipeline.config.run.unit_size,
+            _reading(report),
+            anew=_looks_anew(pipeline, stages, retry),
+        )
+    except OSError as error:  # the table is spilled to a temporary folder
+        full = halts(error, tempfile.gettempdir())
+        if full is None:
+            raise
+        raise full from error
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""
         changed = f", {done.changed} changed" if done.changed else ""

@@ -367,7 +367,8 @@ def sample_few(
         part = section(timeline(video, start, end), start, end)
     span = part.t1 - part.t0
     upright = short_side(size)
-    frames, later = [], []
+    frames: list[Pixels] = []
+    later: list[Pixels] = []
     for k in range(count):
         share = 0.5 if count == 1 else 0.1 + 0.8 * k / (count - 1)
         moment = max(part.t0, min(part.t0 + share * span, part.t1 - gap))
@@ -376,6 +377,10 @@ def sample_few(
             pair = [*pair[:1], shown]
             if shown.until > moment + gap:
                 break
-        frames.append(upright(pair[0].sound(), pair[0].pixel))
-        later.append(upright(pair[-1].sound(), pair[-1].pixel))
+        for shown, pictures in ((pair[0], frames), (pair[-1], later)):
+            picture = upright(shown.sound(), shown.pixel)
+            if frames and picture.shape != frames[0].shape:  # the size changes within the video
+                height, width, _ = frames[0].shape
+                picture = Fit(height, width, "pad")(shown.sound(), shown.pixel)
+            pictures.append(picture)
     return Few(np.stack(frames), np.stack(later))

@@ -104,7 +104,9 @@ def _recorded(record: Path, media: Path) -> Stored | None:
     # A record cut off by a power failure is as good as none.
     with suppress(FileNotFoundError, ValueError, TypeError):
         stored = Stored(**json.loads(record.read_text()))
-        if (media.parent / stored.path).stat().st_size == stored.bytes:
+        place = media.parent / stored.path
+        if place.stat().st_size == stored.bytes:
+            os.utime(place)  # young again: `vidpipe gc` leaves it to the row that will name it
             return stored
     return None
 

@@ -334,7 +334,7 @@ def translated(error: Exception, opening: str = "") -> VideoError:
     if isinstance(error, IsADirectoryError):
         return VideoError("not_a_video", "this is a folder, not a file")
     if isinstance(error, MemoryError):
-        return VideoError("out_of_memory", "a frame or a header asks for more memory than there is")
+        return VideoError("bad_header", "a frame or a header asks for more memory than there is")
     if isinstance(error, (av.error.DecoderNotFoundError, av.error.BSFNotFoundError)):
         return VideoError("unknown_codec", NO_DECODER)
     if isinstance(error, (av.error.PatchWelcomeError, NotImplementedError)):
