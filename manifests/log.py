@@ -15,7 +15,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -80,7 +80,11 @@ class Commit:
     voids: list[str] = field(default_factory=list)
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
+        return json.dumps(self.values(), sort_keys=True).encode()
+
+    def values(self) -> dict[str, Any]:
+        """As `from_values` takes them."""
+        return {**vars(self), "counts": vars(self.counts)}
 
     @classmethod
     def from_json(cls, data: bytes) -> Commit:
@@ -93,7 +97,7 @@ class Commit:
 
 def line_of(unit: str, commits: Sequence[Commit]) -> str:
     """A unit's line of a snapshot."""
-    values = {"unit": unit, "commits": [asdict(commit) for commit in commits]}
+    values = {"unit": unit, "commits": [commit.values() for commit in commits]}
     return json.dumps(values, sort_keys=True)
 
 

@@ -231,6 +231,11 @@ class UnitView:
         self.settled(name)
         return self._ids(name).take(rows)
 
+    def source_ids(self, rows: pa.Array) -> pa.StringArray:
+        """The ids of the source's clips that the rows at `rows` are, or are parts of."""
+        split = [n for n, layer in self.dag.layers.items() if layer.splits and n in self._settled]
+        return taken(array(self.table, _before(split[0]) if split else "clip_id"), rows)
+
     def _column(self, name: str) -> pa.Array:
         """A column of the view; nulls for one of the user's table that this unit's rows lack."""
         if name in self.table.column_names:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
-from pipeline.unit import Receipt, Retry, run_unit
+from pipeline.unit import Part, Receipt, Retry, run_unit
 from pipeline.watch import Watch
 from stages import base
 
@@ -68,8 +68,9 @@ def serve(connection: Connection) -> NoReturn:
             match message:
                 case ("job", number, *rest):
                     job.take(number, *rest)
-                case ("unit", unit, apart, condemned):
-                    receipt = job.run(unit, supervisor, supervisor.watch(apart, condemned))
+                case ("unit", unit, part, apart, condemned):
+                    watch = supervisor.watch(apart, condemned)
+                    receipt = job.run(unit, part, supervisor, watch)
                     supervisor.send("receipt", asdict(receipt))
     os._exit(0)  # native threads of torch and FFmpeg may abort an ordinary end
 
@@ -96,13 +97,13 @@ class _Job:
             gc.collect()
             self._model_of, self._model = number, functools.cache(stage.setup)
 
-    def run(self, unit: str, supervisor: _Supervisor, watch: Watch) -> Receipt:
+    def run(self, unit: str, part: Part, supervisor: _Supervisor, watch: Watch) -> Receipt:
         if self.fault is not None or self._store is None:
             return Receipt("", unit, error=self.fault)
         stage = self._stage
         model = self._model if stage.loads_model and self._model else stage.setup
         return run_unit(
-            self._store, self._dag, stage, model, unit, self._retry, supervisor.rows, watch
+            self._store, self._dag, stage, model, unit, self._retry, supervisor.rows, watch, part
         )
 
 

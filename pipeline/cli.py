@@ -44,6 +44,7 @@ def main() -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo(stop.sentence(), err=True)
+        stop.sweep()
         code = stop.code()
     except Exception as error:  # noqa: BLE001  the last one to see it
         known = _known(error)

@@ -32,6 +32,7 @@ class StagePlan:
 @dataclass
 class Plan:
     stages: dict[str, StagePlan]
+    unit_rows: int = 0  # of the largest unit
 
     @property
     def units(self) -> list[str]:
@@ -79,7 +80,9 @@ def worth_retry(pipeline: Pipeline, totals: Mapping[str, Counts]) -> dict[str, i
 def plan(pipeline: Pipeline, stages: Sequence[str], retry: Retry = Retry()) -> Plan:
     """What `stages` (in topological order) have to do."""
     plans = {name: StagePlan(name) for name in stages}
+    unit_rows = 0
     for view in views(pipeline):
+        unit_rows = max(unit_rows, view.counts(SOURCE_LAYER).total)
         open_above: set[str] = set()
         for name, stage in plans.items():
             counts = view.counts(name)
@@ -94,7 +97,7 @@ def plan(pipeline: Pipeline, stages: Sequence[str], retry: Retry = Retry()) -> P
                 open_above.add(name)
     for name, stage in plans.items():
         stage.why = _why(pipeline, name, stage)
-    return Plan(plans)
+    return Plan(plans, unit_rows)
 
 
 def _why(pipeline: Pipeline, name: str, stage: StagePlan) -> str:

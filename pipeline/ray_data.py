@@ -45,6 +45,11 @@ TASK_RETRIES, WORKER_RESTARTS = 2, 3
 # Only names of units pass through the object store.
 OBJECT_STORE_BYTES = 128 << 20
 POLL_SECONDS = 0.5
+# Where models are at work units travel in parts of about so many rows: enough of them to keep every
+# GPU at work to the end, and to lose little with one.
+PART_ROWS = 256
+# Units or parts that each worker gets at least, where there are enough: the last ones end together.
+ROUNDS = 4
 # Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
 STOP_SECONDS = 6.0
 
@@ -57,10 +62,10 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
     """
     # The C++ side of the driver writes its messages straight to stderr, amid the progress.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # A worker that was given no GPU must see none, or every `device: auto` takes the first.
     # Memory that runs out is left to the kernel: it ends the worker's child that takes most, which
     # is then known to have died of it. Ray would end the worker, whose child takes it unseen.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    # A worker that was given no GPU must see none, or every `device: auto` takes the first.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # Stages of the user's own are modules beside vidpipe.yaml. A private Ray hands its workers this
     # process' environment; a runtime_env would do it too, and cost each worker a second start.
@@ -75,17 +80,18 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
         runtime_env = {"env_vars": {"PYTHONPATH": path}}
         options = {"address": run.address, "runtime_env": runtime_env}
     try:
-        with _environment("PYTHONPATH", path), _muted_stderr():
-            context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-        stop.renew()  # Ray takes SIGTERM for itself
-    except (ConnectionError, RuntimeError) as error:
-        where = run.address or "this machine"
-        raise RunError(f"Ray can't be started on {where}: {error}") from error
-    try:
-        if context.dashboard_url:
-            report.note(f"Ray dashboard: http://{context.dashboard_url}")
-        if run.address is not None:
-            _await_nodes(run, report)
+        with stop.raised():
+            try:
+                with _environment("PYTHONPATH", path), _muted_stderr():
+                    context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError) as error:
+                where = run.address or "this machine"
+                raise RunError(f"Ray can't be started on {where}: {error}") from error
+            stop.renew()  # Ray takes SIGTERM for itself
+            if context.dashboard_url:
+                report.note(f"Ray dashboard: http://{context.dashboard_url}")
+            if run.address is not None:
+                _await_nodes(run, report)
         there = ray.cluster_resources()
         yield Offer(there.get("CPU", 0.0), usable_gpus(run, there.get("GPU", 0.0)))
     finally:
@@ -124,8 +130,9 @@ def run(
     settings = pipeline.config.run
     with cluster(settings, pipeline.config.base, report) as offer:
         active = [name for name in stages if plan.stages[name].units]
+        parts = -(-plan.unit_rows // PART_ROWS)
         workers = {
-            name: share(pipeline.stages[name], offer, len(plan.stages[name].units))
+            name: share(pipeline.stages[name], offer, len(plan.stages[name].units) * parts)
             for name in active
         }
         faults: list[Receipt] = []
@@ -133,15 +140,29 @@ def run(
             for number, part in enumerate(passes(workers, offer, settings.mode, active), 1):
                 if explain:
                     report.note(_spread(number, part, workers))
-                units = [
-                    u for u in plan.units if any(u in plan.stages[s].units for s in part.stages)
+                wanted = {unit for name in part.stages for unit in plan.stages[name].units}
+                own = [workers[name] for name in part.stages]
+                cut = _cut(own, len(wanted), parts)
+                work = [
+                    (unit, number, cut)
+                    for unit in plan.units
+                    if unit in wanted
+                    for number in range(cut)
                 ]
-                for start in range(0, len(units), WAVE_UNITS):
+                for start in range(0, len(work), WAVE_UNITS):
                     if stop.asked():
                         return faults
-                    wave = units[start : start + WAVE_UNITS]
+                    wave = work[start : start + WAVE_UNITS]
                     faults += _run_wave(pipeline, part, workers, wave, retry, tally)
         return faults
+
+
+def _cut(workers: Sequence[Workers], units: int, parts: int) -> int:
+    """Into how many parts units are cut: as many as they have where a model is at work, and else
+    only so that no worker is without one, since reading and committing have their price."""
+    if any(each.actor for each in workers):
+        return parts
+    return min(parts, -(-ROUNDS * max(each.count for each in workers) // units))
 
 
 def _spread(number: int, part: Pass, workers: Mapping[str, Workers]) -> str:
@@ -157,14 +178,15 @@ def _run_wave(
     pipeline: Pipeline,
     part: Pass,
     workers: Mapping[str, Workers],
-    units: Sequence[str],
+    work: Sequence[tuple[str, int, int]],
     retry: Retry,
     tally: Any,
 ) -> list[Receipt]:
-    blocks = len(units)
-    dataset = ray.data.from_items(
-        [{"unit": unit, "faults": "[]"} for unit in units], override_num_blocks=blocks
-    )
+    items = [
+        {"unit": unit, "part": number, "parts": parts, "faults": "[]"}
+        for unit, number, parts in work
+    ]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
     for name in part.stages:
         job = Job(pipeline.store, pipeline.dag, pipeline.stages[name], retry)
         share_ = workers[name]
@@ -211,8 +233,11 @@ def _map_batches(dataset: ray.data.Dataset, worker: Any, **options: Any) -> ray.
         return dataset.map_batches(worker, **options)
 
 
+_ITEM = ("unit", "part", "parts", "faults")
+
+
 def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, Any]]:
-    """What a worker does with one row of the dataset: one unit."""
+    """What a worker does with one row of the dataset: a unit, or part of one."""
 
     def step(batch: dict[str, Any], worker: Runs) -> dict[str, Any]:
         rows = Counter("vidpipe_rows", "rows settled", tag_keys=("stage", "outcome"))
@@ -225,14 +250,15 @@ def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, An
 
         driver = Driver(on_rows, tally.note.remote, _Stopping(tally))
         faults = []
-        for unit, before in zip(batch["unit"], batch["faults"]):
+        for unit, *part, before in zip(*(batch[name] for name in _ITEM)):
             own = []
             if not ray.get(tally.begin.remote()):
-                receipt = worker.run(job, str(unit), driver)
-                tally.unit.remote(receipt)
+                number, parts = map(int, part)
+                receipt = worker.run(job, str(unit), driver, (number, parts))
+                tally.unit.remote(receipt, parts)
                 own = [asdict(receipt)] if receipt.error else []
             faults.append(json.dumps(json.loads(str(before)) + own))
-        return {"unit": batch["unit"], "faults": faults}
+        return {**batch, "faults": faults}
 
     return step
 

@@ -101,7 +101,8 @@ class PlainReporter(Reporter):
         plan = self._stages.get(stage)
         known = plan is not None and not plan.waits
         total = f" of {plan.todo}" if plan and known else ""
-        rate = f", {done.total / seconds:.1f} rows/s" if seconds > 0.5 else ""
+        # None may be left of those told: a worker died before it committed them.
+        rate = f", {done.total / seconds:.1f} rows/s" if seconds > 0.5 and done.total else ""
         left = plan.todo - done.total if plan and known else 0
         time_left = f", {left * seconds / done.total:.0f} s left" if left > 0 and rate else ""
         self._write(f"{stage}: {done.total}{total} rows: {describe(done)}{rate}{time_left}")

@@ -21,6 +21,8 @@ from pipeline.resources import check_workdir, free_space
 from pipeline.unit import EVERY_CLASS, Receipt, Retry
 
 LOW_SPACE = 2 << 30
+# Of files that are not those that were hashed: to try these again, the source is looked at anew.
+CHANGED = "source_changed"
 READING_SECONDS = 10.0
 
 
@@ -48,7 +50,11 @@ def prepare(
         pipeline.store.prove()
     try:
         done = scan(
-            pipeline.store, pipeline.config.source, pipeline.config.run.unit_size, _reading(report)
+            pipeline.store,
+            pipeline.config.source,
+            pipeline.config.run.unit_size,
+            _reading(report),
+            anew=_looks_anew(pipeline, stages, retry),
         )
     except OSError as error:  # the table is spilled to a temporary folder
         full = halts(error, tempfile.gettempdir())
@@ -111,6 +117,17 @@ def run(
     return Result(done, stages, True, status(pipeline), faults)
 
 
+def _looks_anew(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> bool:
+    """Whether rows are tried again whose files are not those that were hashed: then download has
+    to see what they are now."""
+    if not retry.failed or (retry.classes and not retry.classes & {CHANGED, EVERY_CLASS}):
+        return False
+    if CHANGED in retry.classes:
+        return True
+    totals = status(pipeline)
+    return any(CHANGED in totals[name].failed for name in stages)
+
+
 def _run(
     pipeline: Pipeline,
     stages: Sequence[str],
@@ -130,7 +147,7 @@ def _check_retry(todo: Plan, retry: Retry, report: Reporter) -> None:
     """Raises ConfigError for a failure class that no row has: a typo would retry nothing."""
     known = sum((Counter(stage.counts.failed) for stage in todo.stages.values()), Counter[str]())
     there = ", ".join(f"{n} {name}" for name, n in sorted(known.items())) or "none"
-    for name in sorted(retry.classes - known.keys() - {EVERY_CLASS}):
+    for name in sorted(retry.classes - known.keys() - {EVERY_CLASS, CHANGED}):
         raise ConfigError(
             f"--retry-failed {name}: no failed row has that class.{did_you_mean(name, known)} "
             f"Failed rows: {there}."

@@ -27,7 +27,9 @@ GOES_ON = "what is committed stays, `vidpipe run` goes on from there"
 
 _asked: int | None = None
 _orderly = False
-_now = False  # raise even within `orderly`: enough time was given
+_now = False  # raise even within `orderly`
+_interrupted = False  # this process sends itself a signal
+_stderr = 2  # a copy, while others may point 2 elsewhere
 
 
 class Stopped(KeyboardInterrupt):
@@ -73,11 +75,12 @@ def _heard(number: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def orderly() -> Iterator[None]:
     """Within it a signal is asked about, not raised; raises Stopped at its end if one came."""
-    global _asked, _now, _orderly
+    global _asked, _now, _orderly, _stderr
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    _stderr = os.dup(2)
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -87,6 +90,9 @@ def orderly() -> Iterator[None]:
     _handle(_heard)
     try:
         yield
+    except SystemExit:  # a library's own handler: Ray sets one while it starts
+        if _asked is None:
+            raise
     finally:
         _orderly = False
         signal.set_wakeup_fd(wakeup)
@@ -95,15 +101,30 @@ def orderly() -> Iterator[None]:
         theirs.close()  # the thread ends
         watcher.join()
         ours.close()
+        os.close(_stderr)
+        _stderr = 2
     if _asked is not None:
         raise Stopped
 
 
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Within `orderly`: while nothing is at work yet, a signal raises Stopped all the same."""
+    global _now
+    before, _now = _now, True
+    try:
+        if _orderly and _asked is not None:
+            raise Stopped
+        yield
+    finally:
+        _now = before
+
+
 def interrupt() -> None:
     """Raises Stopped in the main thread now, from any other: enough time was given."""
-    global _now
+    global _now, _interrupted
     if _orderly and _asked is not None:
-        _now = True
+        _now = _interrupted = True
         signal.pthread_kill(threading.main_thread().ident or 0, _asked)
 
 
@@ -115,8 +136,8 @@ def renew() -> None:
 
 def _watch(wakeups: socket.socket) -> None:
     """Ends the process at the second signal, or when the first is too long ago."""
+    global _asked, _interrupted
     first: int | None = None
-    interrupted = False
     deadline = 0.0
     while True:
         wait = None if first is None else max(0.0, deadline - time.monotonic())
@@ -128,22 +149,28 @@ def _watch(wakeups: socket.socket) -> None:
         for number in heard:
             if number not in SIGNALS:
                 continue
-            if _now and not interrupted:
-                interrupted = True  # that one is ours
+            if _interrupted:
+                _interrupted = False  # that one is ours
                 continue
             if first is not None:
                 _end(number, f"stopped at once; {GOES_ON}")
-            first, deadline = number, time.monotonic() + LAST_SECONDS
+            _asked = first = number
+            deadline = time.monotonic() + LAST_SECONDS
 
 
 def _end(number: int, text: str) -> None:
     """Ends this process and all that it started, now. Workers' processes follow by themselves."""
     cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a live report hides it
-    os.write(2, f"{cursor}\nvidpipe: {text}\n".encode())
+    os.write(_stderr, f"{cursor}\nvidpipe: {text}\n".encode())
+    sweep()
+    os._exit(128 + number)
+
+
+def sweep() -> None:
+    """Kills all that this process started, and what these did."""
     for process in _descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
-    os._exit(128 + number)
 
 
 def _descendants(root: int) -> list[int]:

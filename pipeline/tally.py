@@ -12,6 +12,7 @@ class Tally:
     def __init__(self) -> None:
         self._rows: list[tuple[str, Counts]] = []
         self._units: list[Receipt] = []
+        self._parts: dict[tuple[str, str], list[Receipt]] = {}
         self._notes: list[str] = []
         self._running = 0
         self._stopping = False
@@ -37,9 +38,15 @@ class Tally:
     def rows(self, stage: str, counts: Counts) -> None:
         self._rows.append((stage, counts))
 
-    def unit(self, receipt: Receipt) -> None:
-        self._units.append(receipt)
+    def unit(self, receipt: Receipt, parts: int) -> None:
+        """A worker is through with one of the `parts` of a unit; told on once all of them are, with
+        the first error among them."""
         self._running -= 1
+        through = self._parts.setdefault((receipt.stage, receipt.unit), [])
+        through.append(receipt)
+        if len(through) == parts:
+            del self._parts[receipt.stage, receipt.unit]
+            self._units.append(next((r for r in through if r.error), receipt))
 
     def drain(self) -> tuple[list[tuple[str, Counts]], list[Receipt], list[str]]:
         drained = self._rows, self._units, self._notes

@@ -29,9 +29,13 @@ from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
+# And at least so often, so that a crash costs no more than this of a slow stage's work.
+COMMIT_SECONDS = 60.0
 EVERY_CLASS = "all"
 
 AnyStage = Stage[Any, Any]
+Part = tuple[int, int]  # of a unit's clips: number, of how many
+WHOLE: Part = (0, 1)
 OnRows = Callable[[str, Counts], None]
 
 
@@ -82,14 +86,13 @@ def run_unit(
     retry: Retry = Retry(),
     on_rows: OnRows = lambda stage, counts: None,
     watch: Watch = UNWATCHED,
-    part: tuple[int, int] = (0, 1),
+    part: Part = WHOLE,
 ) -> Receipt:
     """Settles and commits the pending rows of `unit` at `stage`, or what of them is done when
     `watch` asks to stop.
 
-    `model` gives what the stage's `setup` made; it is called only if a row is pending. `part` is
-    the share of a unit's clips that is wanted, as (number, of how many): workers may settle one
-    unit side by side.
+    `model` gives what the stage's `setup` made; it is called only if a row is pending. Several
+    workers may settle one unit side by side, each a `part` of it.
     """
     redact_logs()
     receipt = Receipt(stage.name, unit)
@@ -133,7 +136,8 @@ def run_unit(
             on_rows(stage.name, counts)
             receipt.counts += counts
             done.append(new)
-            if sum(table.nbytes for table in done) >= COMMIT_BYTES:
+            size = sum(table.nbytes for table in done)
+            if size >= COMMIT_BYTES or clock.since("commit") >= COMMIT_SECONDS:
                 view = _commit(view, stage, loaded, done, receipt.seconds)
                 watch.committed()
                 clock.lap("commit")
@@ -160,7 +164,7 @@ def _is_done(view: UnitView, name: str, retry: Retry) -> bool:
     return not any(retry.wants(FAILED, reason) for reason in commit.counts.failed)
 
 
-def _pending(view: UnitView, name: str, retry: Retry, part: tuple[int, int]) -> pa.Array:
+def _pending(view: UnitView, name: str, retry: Retry, part: Part) -> pa.Array:
     """The rows of the view that are to be settled."""
     settled, rows = view.settled(name), view.reached(name)
     outcome = settled.outcome.take(rows)
@@ -170,8 +174,8 @@ def _pending(view: UnitView, name: str, retry: Retry, part: tuple[int, int]) -> 
         wanted = pc.or_(wanted, pa.array([retry.wants(*each) for each in known], pa.bool_()))
     number, parts = part
     if parts > 1:
-        # By the clip's id: the same for every worker, whatever has been settled meanwhile.
-        own = [int(clip[:8], 16) % parts == number for clip in view.ids(name, rows).to_pylist()]
+        # By the source's clip: the same for every worker and at every stage, split or not.
+        own = [int(clip[:8], 16) % parts == number for clip in view.source_ids(rows).to_pylist()]
         wanted = pc.and_(wanted, pa.array(own, pa.bool_()))
     return rows.filter(wanted)
 
@@ -304,9 +308,14 @@ class _Clock:
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds
-        self._last = time.perf_counter()
+        self._start = self._last = time.perf_counter()
+        self._ends: dict[str, float] = {}
+
+    def since(self, phase: str) -> float:
+        """Seconds since the last lap of that phase, or since the start."""
+        return time.perf_counter() - self._ends.get(phase, self._start)
 
     def lap(self, phase: str) -> None:
-        now = time.perf_counter()
+        now = self._ends[phase] = time.perf_counter()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now

@@ -27,7 +27,7 @@ from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
 from pipeline.suspects import Death, Suspects
-from pipeline.unit import AnyStage, OnRows, Receipt, Retry, run_unit
+from pipeline.unit import WHOLE, AnyStage, OnRows, Part, Receipt, Retry, run_unit
 from pipeline.watch import Watch
 
 # Deaths of the process while no clip is in flight, in `setup` for instance, that a unit may cost.
@@ -76,7 +76,7 @@ class Driver:
 class Runs(Protocol):
     """Runs units, one after the other."""
 
-    def run(self, job: Job, unit: str, driver: Driver) -> Receipt: ...
+    def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt: ...
 
     def close(self) -> None: ...
 
@@ -88,7 +88,7 @@ class InProcess:
         self._stage: AnyStage | None = None
         self._model: Callable[[], Any] = lambda: None
 
-    def run(self, job: Job, unit: str, driver: Driver) -> Receipt:
+    def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt:
         """`run_unit`, with the model of the last stage that has one kept."""
         stage = job.stage
         model: Callable[[], Any] = stage.setup
@@ -97,7 +97,7 @@ class InProcess:
                 self._stage, self._model = stage, functools.cache(stage.setup)
             model = self._model
         watch = _Stoppable(driver)
-        return run_unit(job.store, job.dag, stage, model, unit, job.retry, driver.rows, watch)
+        return run_unit(job.store, job.dag, stage, model, unit, job.retry, driver.rows, watch, part)
 
     def close(self) -> None:
         """There is no process to end."""
@@ -120,10 +120,10 @@ class Worker:
         self._child: _Child | None = None
         self._stillborn: dict[str, list[str]] = {}  # errors of units that ended with no clip tried
 
-    def run(self, job: Job, unit: str, driver: Driver) -> Receipt:
-        """Has `unit` settled at the job's stage and committed. Once `driver.stopping`, what is
-        done is committed and the rest stays pending; a batch that then takes too long is given
-        up."""
+    def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt:
+        """Has `part` of `unit` settled at the job's stage and committed. Once `driver.stopping`,
+        what is done is committed and the rest stays pending; a batch that then takes too long is
+        given up."""
         name = job.stage.name
         suspects = Suspects()
         idle = 0
@@ -132,7 +132,7 @@ class Worker:
             if len(stillborn) >= STILLBORN_UNITS:
                 return Receipt(name, unit, error=stillborn[-1])
             try:
-                end = _Attempt(self._started(), job, driver).run(unit, suspects)
+                end = _Attempt(self._started(), job, driver).run(unit, part, suspects)
             except BaseException:
                 self.close()  # it is amid a unit that nobody follows any more
                 raise
@@ -209,11 +209,11 @@ class _Attempt:
         self._open = Counts()  # told to the driver and not committed yet
         self._heard = time.monotonic()
 
-    def run(self, unit: str, suspects: Suspects) -> Receipt | _Ended:
+    def run(self, unit: str, part: Part, suspects: Suspects) -> Receipt | _Ended:
         asked: float | None = None
         limit = self._job.stage.time_limit
         try:
-            self._child.give(self._job, (unit, suspects.apart, suspects.condemned))
+            self._child.give(self._job, (unit, part, suspects.apart, suspects.condemned))
             while True:
                 if asked is None and self._driver.stopping():
                     asked = time.monotonic()

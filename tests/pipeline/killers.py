@@ -91,7 +91,8 @@ class Unready(Stage[StageSettings, str]):
 
 
 class Slow(Stage[KillerSettings, None]):
-    """Takes as many seconds as the caption says, a row a batch."""
+    """Takes as many seconds as the caption says, a row a batch, and notes its begin in the folder
+    that the caption names."""
 
     name = "slow"
     Settings = KillerSettings
@@ -100,6 +101,9 @@ class Slow(Stage[KillerSettings, None]):
     default_batch = 1
 
     def process(self, rows: list[Row], model: None) -> list[Outcome]:
-        for row in rows:
-            time.sleep(float(row["caption"].split()[0]))
-        return [{"took": float(row["caption"].split()[0])} for row in rows]
+        seconds, *folder = rows[0]["caption"].split()
+        if folder:
+            with (Path(folder[0]) / "at-work").open("a") as file:
+                file.write(".")
+        time.sleep(float(seconds))
+        return [{"took": float(seconds)}]

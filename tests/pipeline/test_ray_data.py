@@ -165,3 +165,22 @@ def test_a_cluster_that_brings_its_workers_is_waited_for(tmp_path: Path) -> None
         assert not result.faults and result.status["shout"].kept == 8
     finally:
         cluster.shutdown()
+
+
+def test_large_units_travel_in_parts_where_a_model_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.ray_data.PART_ROWS", 5)
+    captions = [f"clip {i}" if i % 7 else "bad" for i in range(24)]
+    made = pipeline(tmp_path, captions, run={"runner": "ray", "unit_size": 12})
+    heard = Heard()
+    result = run(made, (), Retry(), heard)
+    assert not result.faults
+    assert result.status["length"] == Counts(24, 20, {}, {"bad_caption": 4})
+    assert result.status["shout"] == Counts(20, 20)
+    log = made.dag.log(made.store, "shout")
+    assert len(log.units()) == 2
+    commits = [c for unit in log.units() for c in log.commits(unit)]
+    assert sum(c.rows for c in commits) == 20, "each clip is settled once"
+    assert len([c for c in commits if c.data]) > 2, "more than one commit a unit"
+    assert heard.units == dict.fromkeys(made.stages, 2), "a unit is told of once"
