@@ -20,7 +20,7 @@ import click
 
 from pipeline import stop
 from pipeline.cli_options import F, load, with_config
-from pipeline.cli_upkeep import gc, verify
+from pipeline.cli_upkeep import audit, gc, verify
 
 if TYPE_CHECKING:
     from pipeline.dag import Pipeline
@@ -94,8 +94,8 @@ def cli() -> None:
     """
 
 
-cli.add_command(gc)
-cli.add_command(verify)
+for command in (verify, audit, gc):
+    cli.add_command(command)
 
 
 @cli.command()

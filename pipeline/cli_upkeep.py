@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 
 import click
 
@@ -128,3 +129,47 @@ def verify(
         f"{looked}, {len(damages)} damaged: `vidpipe verify --repair`, then `vidpipe run`", err=True
     )
     raise click.exceptions.Exit(1)
+
+
+@click.command()
+@with_config
+@click.option("--quick", is_flag=True, help="Leave out the sha256 of every file.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def audit(file: str, overrides: tuple[str, ...], quick: bool, as_json: bool) -> None:
+    """Prove from the data that every clip is accounted for, once, at every stage.
+
+    One line a stage; exits with 1 and names clips, units or files where it is not so.
+    """
+    from pipeline.audit import audit as prove
+    from pipeline.audit import equation
+    from pipeline.audit_across import INDEX
+
+    last = [time.monotonic()]
+
+    def progress(units: int) -> None:
+        if time.monotonic() - last[0] > PROGRESS_SECONDS:
+            last[0] = time.monotonic()
+            click.echo(f"{units} units", err=True)
+
+    result = prove(load(file, overrides), quick, progress)
+    if as_json:
+        stages = [{"name": name, **asdict(counts)} for name, counts in result.counts.items()]
+        findings = [asdict(finding) for finding in result.findings.values()]
+        told = {"stages": stages, "indexed": result.indexed, "findings": findings}
+        click.echo(json.dumps(told, indent=1, ensure_ascii=False))
+    else:
+        lines = {name: equation(counts) for name, counts in result.counts.items()}
+        if result.indexed is not None:
+            lines[INDEX] = f"{result.indexed:,} clips to train on"
+        names, texts = (max(map(len, column)) for column in zip(*lines.items()))
+        for name, text in lines.items():
+            findings_of = result.of(name)
+            click.echo(f"{name:<{names}}  {text:<{texts}}  {'WRONG' if findings_of else 'ok'}")
+            for finding in findings_of:
+                more = f" and {finding.count - len(finding.ids)} more"
+                rest = more if finding.count > len(finding.ids) else ""
+                click.echo(f"  {finding.what}: {', '.join(finding.ids)}{rest}")
+    for note in result.notes:
+        click.echo(note, err=True)
+    if result.findings:
+        raise click.exceptions.Exit(1)

@@ -165,6 +165,7 @@ def test_killed_midway_it_leaves_a_state_that_was(
         collect(made, HOUR, delete=True, fingerprints=True)
     except Killed:
         pass
+    old = pipeline(tmp_path, CAPTIONS, settings=batches)
     assert not run(old, (), Retry(), Reporter()).faults
     assert query.select(old, None).equals(expected)
 
