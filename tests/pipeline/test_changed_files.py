@@ -26,7 +26,7 @@ sampling: {fps: 8, frames: 4, size: 32}
 score: {frames: 2}
 recaption: {enabled: false}
 encode: {vae: "demo://vae"}
-run: {runner: local, unit_size: 2}
+run: {runner: local, unit_size: 2, isolate: false}
 """
 
 
