@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,27 @@ def test_a_disk_that_fills_up_ends_the_run_and_a_second_one_finishes(
     named = {c.data for unit, listed in log.units().items() for c in log.commits(unit, listed)}
     there = {Path(n).name for n in made().store.find(log.prefix) if n.endswith(".parquet")}
     assert there == named - {None}, "data that no commit names was left"
+
+
+def test_a_download_that_finds_no_room_ends_the_run_and_fails_no_clip(
+    tmp_path: Path, small_disk: Path, remount: Callable[[str], None]
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "a.mp4").write_bytes(bytes(3 << 20))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        table = tmp_path / "clips.csv"
+        table.write_text(f"url\nhttp://127.0.0.1:{server.server_port}/a.mp4\n")
+        file = tmp_path / "vidpipe.yaml"
+        file.write_text(f"workdir: {small_disk}\nsource: {{kind: csv, path: {table}}}\n")
+        made = dag.build(config.load(str(file), ("run.runner=local",)))
+        with pytest.raises(StoreUnusable, match=r"can't write .*: the disk is full"):
+            run(made, ("download",), Retry(), Reporter())
+        remount("size=16m")
+        assert run(made, ("download",), Retry(), Reporter()).status["download"].kept == 1
+        server.shutdown()
 
 
 def test_a_read_only_workdir_is_said_before_anything_runs(
