@@ -100,7 +100,9 @@ class Files:
             store.delete(FILES)
             return
         columns = [list(self._seen), list(self._seen.values())]
-        store.write_parquet(FILES, pa.table(columns, schema=_SCHEMA))
+        table = pa.table(columns, schema=_SCHEMA)
+        store.write_parquet(FILES, table)
+        store.remember(FILES, table)
 
 
 def _listed(store: Store) -> list[tuple[str, str | None]] | None:
@@ -108,7 +110,7 @@ def _listed(store: Store) -> list[tuple[str, str | None]] | None:
     if not store.find(FILES):
         return []
     try:
-        table = store.read_parquet(FILES)
+        table = store.read_parquet(FILES, _SCHEMA.names)
         return list(zip(*(table.column(name).to_pylist() for name in _SCHEMA.names)))
     except (StoreError, KeyError):
         return None
