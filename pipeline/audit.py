@@ -76,7 +76,7 @@ def audit(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vidpipe-audit-")))
         ids = Spill(stack.enter_context(Ledger(folder / "ids", "clip_id", IDS)))
         ready = Spill(stack.enter_context(Ledger(folder / "ready", "clip_id", READY)))
-        newest = 0.0
+        newest, skipped = 0.0, 0
         for number, view in enumerate(views(pipeline), 1):
             unit = _Unit(view)
             try:
@@ -85,6 +85,7 @@ def audit(
             except StoreError as error:
                 # What is damaged beyond reading; `vidpipe verify` tells more.
                 result.found(unit.stage, f"a unit can't be read: {error}", view.unit)
+                skipped += 1
                 continue
             for clip in unit.clips:
                 ids.add({"clip_id": clip.ids[SOURCE_LAYER], "unit": view.unit})
@@ -92,7 +93,8 @@ def audit(
                 ready.add(row)
             progress(number)
         audit_ids(ids, result)
-        audit_scan(pipeline, newest, result)
+        if not skipped:
+            audit_scan(pipeline, newest, result)
         if "encode" in pipeline.stages:
             known = stack.enter_context(Ledger(folder / "index", "clip_id", READY))
             audit_index(pipeline, ready, known, fresh and _indexed(pipeline), result)
