@@ -22,11 +22,13 @@ from toys import Heavy, Length, Limit, pipeline
 from manifests.shards import Index, read_latents
 from manifests.store import StoreUnusable
 from pipeline import cli, config, dag, index, query
+from pipeline.audit import audit
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
+from pipeline.verify import verify
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
 
@@ -52,6 +54,7 @@ def test_a_run_on_s3_gives_what_one_on_disk_gives(tmp_path: Path, s3: Proxy, run
     assert not result.faults
     assert result.status == expected.status
     assert query.select(there, None).equals(query.select(here, None))
+    assert not audit(there).findings and not list(verify(there))
     before = there.store.find("")
     assert not run(there, (), Retry(), Reporter()).ran
     assert there.store.find("") == before
@@ -106,6 +109,8 @@ def test_real_videos_are_encoded_into_s3(tmp_path: Path, s3: Proxy, shared_data:
         made = dag.build(config.load(str(file), (f"run.runner={runner}",)))
         result = run(made, (), Retry(), Reporter())
         assert not result.faults and result.status["encode"].kept == 2
+        proved = audit(made)
+        assert not proved.findings and proved.indexed == 2
         opened.append(Index.open(index.path(made)))
     there, here = opened
     for mine, own in zip(*(i.table.sort_by("clip_id").to_pylist() for i in opened), strict=True):
