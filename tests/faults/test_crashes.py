@@ -8,6 +8,8 @@ import pytest
 from crashes import Crash, Harness
 from evidence import opened, wrong
 
+from manifests.intake import SCANS, scans
+
 QUICK = [
     Crash("local", "driver", "half commit", 11),  # the record of the scan, after ten units
     Crash("local", "driver", "half data", 4),
@@ -45,3 +47,11 @@ def test_the_harness_sees_what_is_wrong(harness: Harness) -> None:
         data.seek(200)
         data.write(b"rot")
     assert any("another sha256" in fault for fault in wrong(file))
+
+
+def test_a_half_written_record_of_a_scan_is_not_read(harness: Harness) -> None:
+    made = opened(harness.folder / "undisturbed" / "vidpipe.yaml")
+    known = scans(made.store)
+    record = Path(made.store.path(SCANS)) / ".000001.json.0123456789abcdef.part"
+    record.write_bytes(b'{"rows": 6')
+    assert known and scans(made.store) == known
