@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test fuzz check clean
+.PHONY: help install demo test fuzz faults check clean
 
 help:
 	@echo "make demo    install, then the main job on made clips (two minutes)"
 	@echo "make test    install, then all tests"
 	@echo "make fuzz    FILES=2000 damaged videos, each accounted for (../shared/data)"
+	@echo "make faults  ROUNDS=200 crashes of a real run, and what comes of it"
 	@echo "make check   ruff and mypy"
 
 install: $(VENV)/.installed
@@ -42,6 +43,9 @@ test: install
 fuzz: install
 	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0)
 	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0) --run
+
+faults: install
+	$(BIN)/python tests/faults/crashes.py $(or $(ROUNDS),200) --seed $(or $(SEED),0)
 
 check: install
 	$(BIN)/ruff check .

@@ -96,7 +96,9 @@ def source_signature(settings: SourceSettings) -> str:
 def scans(store: Store) -> list[Scan]:
     """Every scan so far, in order. Raises StoreError for a damaged record."""
     found = []
-    for name in (n for n in store.find(SCANS) if n.endswith(".json")):
+    for name in store.find(SCANS):
+        if not name.endswith(".json"):
+            continue  # what a crash left of a record that was being written
         try:
             found.append(Scan(**json.loads(store.read(name))))
         except (ValueError, TypeError) as error:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -32,15 +32,17 @@ def project(folder: Path, captions: Sequence[str], stages: Sequence[str], more: 
 class Command:
     """A `vidpipe` that is running. Its descendants bear a mark by which they are found again."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(
+        self, folder: Path, *words: str, path: Sequence[Path] = (), env: Mapping[str, str] = {}
+    ) -> None:
         self.mark = uuid.uuid4().hex
-        path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        paths = os.pathsep.join(map(str, (*path, ROOT, Path(__file__).parent)))
         self._stderr = (folder / f"stderr-{self.mark}.txt").open("w+")
         self._stdout = (folder / f"stdout-{self.mark}.txt").open("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.cli", *words],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": path, MARK: self.mark},
+            env={**os.environ, **env, "PYTHONPATH": paths, MARK: self.mark},
             stdout=self._stdout,
             stderr=self._stderr,
             start_new_session=True,

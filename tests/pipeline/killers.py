@@ -36,7 +36,7 @@ class Killer(Stage[KillerSettings, None]):
         return [{"said": row["caption"]} for row in rows]
 
     def one(self, caption: str) -> None:
-        if caption in ("SIGSEGV", "SIGKILL", "SIGABRT"):
+        if caption in ("SIGSEGV", "SIGKILL", "SIGABRT", "SIGTERM"):
             os.kill(os.getpid(), getattr(signal, caption))
         if caption == "exit":
             os._exit(7)
