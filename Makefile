@@ -39,9 +39,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# Damaged videos through probe and decoding; another SEED makes other ones.
+# Damaged videos through probe, score and decoding; another SEED makes other ones.
 fuzz: install
 	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0)
+	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0) --run
 
 faults: install
 	$(BIN)/python tests/faults/crashes.py $(or $(ROUNDS),200) --seed $(or $(SEED),0)

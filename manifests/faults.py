@@ -7,12 +7,11 @@ be done, why, and what to do, without a driver's stack trace and without its sec
 from __future__ import annotations
 
 import errno
-import re
 import shutil
 from pathlib import Path
 
-_QUERY = re.compile(r"(\w://[^\s'\"?]*)\?[^\s'\"]*")
-_USERINFO = re.compile(r"(\w://)[^/\s@'\"]+@")
+from manifests.redact import redact
+
 _NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
 _GOES_ON = "What is committed stays; `vidpipe run` goes on from there."
 
@@ -28,7 +27,7 @@ class StoreUnusable(StoreError):
 def unusable(error: Exception, what: str, place: str) -> StoreUnusable:
     """The error for a driver's `error` when `what` ("write", "read", ...) was tried at `place`, a
     local path or a URL."""
-    return StoreUnusable(f"can't {what} {bare(place)}: {_why(error, place)}")
+    return StoreUnusable(f"can't {what} {redact(place)}: {_why(error, place)}")
 
 
 def halts(error: OSError, place: str) -> StoreUnusable | None:
@@ -37,11 +36,6 @@ def halts(error: OSError, place: str) -> StoreUnusable | None:
     if error.errno in _NO_ROOM or error.errno == errno.EROFS:
         return unusable(error, "write", str(error.filename or place))
     return None
-
-
-def bare(text: str) -> str:
-    """`text` with passwords and queries of the URLs in it left out."""
-    return _QUERY.sub(r"\1", _USERINFO.sub(r"\1", text))
 
 
 def _why(error: Exception, place: str) -> str:
@@ -58,7 +52,7 @@ def _why(error: Exception, place: str) -> str:
     if isinstance(error, PermissionError):
         return f"permission denied. Give this user the right to write there. {_GOES_ON}"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{bare(reason)}. {_GOES_ON}"
+    return f"{redact(reason)}. {_GOES_ON}"
 
 
 def _why_remote(error: Exception, number: int | None) -> str:
@@ -74,7 +68,7 @@ def _why_remote(error: Exception, number: int | None) -> str:
         return f"the store has no room left. {_GOES_ON}"
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (
-        f"the store failed at every try ({kind}: {bare(' '.join(said.split()))[:200]}). Is it "
+        f"the store failed at every try ({kind}: {redact(' '.join(said.split()))[:200]}). Is it "
         f"reachable (for S3-compatible ones AWS_ENDPOINT_URL names it)? {_GOES_ON}"
     )
 

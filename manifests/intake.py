@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from manifests import watch
 from manifests.credentials import Credentials
 from manifests.joins import array, current, scattered
 from manifests.ledger import Ledger
@@ -47,11 +48,11 @@ from manifests.schema import (
     digest,
     row_keys,
 )
-from manifests.sources import SourceSettings, extras_schema, read_tables, signature
+from manifests.sources import SourceSettings, extras_schema, read_tables, resolve_root, signature
 from manifests.store import Store, StoreError
 from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer, tally
 
-MIN_UNIT, MAX_UNIT = 4, 4096
+MIN_UNIT, MAX_UNIT = 4, 8192
 SCANS = "source/scans"
 _ROWS = 1 << 16  # rows that are judged and spilled at once
 
@@ -95,15 +96,13 @@ def source_signature(settings: SourceSettings) -> str:
 def scans(store: Store) -> list[Scan]:
     """Every scan so far, in order. Raises StoreError for a damaged record."""
     found = []
-    for name in store.find(SCANS):
-        if not name.endswith(".json"):
-            continue  # what a crash left of a record that was being written
+    for name in (n for n in store.find(SCANS) if n.endswith(".json")):
         try:
             found.append(Scan(**json.loads(store.read(name))))
         except (ValueError, TypeError) as error:
             raise StoreError(
-                f"{store.path(name)} is no record of a scan any more ({error}): delete "
-                f"{store.path(SCANS)} and {store.path(SOURCE_LAYER)} to have the source read anew"
+                f"{store.path(name)} is no record of a scan any more ({error}): "
+                "`vidpipe verify --repair` has the source read anew"
             ) from error
     return found
 
@@ -122,8 +121,10 @@ def scan(
     settings: SourceSettings,
     size: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
+    anew: bool = False,
 ) -> Scan:
-    """Brings the pool up to the source; does nothing where the source has not changed since.
+    """Brings the pool up to the source; does nothing where neither it nor a file that it names has
+    changed since, but for `anew`.
 
     `size` fixes the rows of a new unit; `progress` is told the rows read so far. Raises SourceError
     for a source that can't be read: then the pool is as it was.
@@ -131,8 +132,7 @@ def scan(
     now = source_signature(settings)
     while True:
         before = scans(store)
-        lost = before and before[-1].secrets and not Credentials(store.url)
-        if before and before[-1].signature == now and not lost:
+        if before and before[-1].signature == now and not anew and not _stale(store, before[-1]):
             return Scan(now, before[-1].rows, 0, 0, 0, secrets=before[-1].secrets)
         units = {unit for scan in before for unit in scan.units}
         with tempfile.TemporaryDirectory(prefix="vidpipe-scan-") as folder:
@@ -140,6 +140,11 @@ def scan(
         record = json.dumps(asdict(done)).encode()
         if store.create(f"{SCANS}/{len(before):06d}.json", record):
             return done
+
+
+def _stale(store: Store, last: Scan) -> bool:
+    """Whether an unchanged table has to be read all the same."""
+    return watch.replaced(store) or (last.secrets > 0 and not Credentials(store.url))
 
 
 def _scan(
@@ -179,16 +184,18 @@ def _scan(
             for unit in pc.unique(bucket.column("unit")).to_pylist():
                 own = bucket.filter(pc.equal(bucket.column("unit"), unit))
                 _commit(log, unit, own.drop_columns("unit"))
+    source.files.save(store)
     return Scan(now, rows, new, changed, gone, made, source.secrets)
 
 
 class _Public:
     """The source's rows without secrets: these go to `manifests.credentials`, before any row that
-    needs them counts."""
+    needs them counts. And with the versions of the local files that they name."""
 
     def __init__(self, store: Store, settings: SourceSettings) -> None:
         self._credentials, self._settings = Credentials(store.url), settings
         self.secrets = 0
+        self.files = watch.Files(store, resolve_root(settings), settings.watch)
 
     def __iter__(self) -> Iterator[pa.Table]:
         for table in read_tables(self._settings):
@@ -203,7 +210,7 @@ class _Public:
                 for f in table.schema
                 if pa.types.is_string(f.type) and f.name != "uri"
             }
-            parted["uri"] = uris
+            parted |= {"uri": uris, "version": self.files.versions(uris)}
             columns = [parted.get(n, table.column(n)) for n in table.column_names]
             yield pa.table(columns, schema=table.schema)
 

@@ -15,7 +15,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -80,7 +80,11 @@ class Commit:
     voids: list[str] = field(default_factory=list)
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
+        return json.dumps(self.values(), sort_keys=True).encode()
+
+    def values(self) -> dict[str, Any]:
+        """As `from_values` takes them."""
+        return {**vars(self), "counts": vars(self.counts)}
 
     @classmethod
     def from_json(cls, data: bytes) -> Commit:
@@ -89,6 +93,12 @@ class Commit:
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Commit:
         return cls(**{**values, "counts": Counts(**values["counts"])})
+
+
+def line_of(unit: str, commits: Sequence[Commit]) -> str:
+    """A unit's line of a snapshot."""
+    values = {"unit": unit, "commits": [commit.values() for commit in commits]}
+    return json.dumps(values, sort_keys=True)
 
 
 def standing(commits: Sequence[Commit]) -> list[Commit]:
@@ -163,8 +173,7 @@ class Log:
             covered = 0 if history.old is None else len(self._parse(unit, history.old))
             total += len(commits)
             loose += len(commits) - covered
-            values = {"unit": unit, "commits": [asdict(commit) for commit in commits]}
-            lines.append(json.dumps(values, sort_keys=True))
+            lines.append(line_of(unit, commits))
         if loose < max(_LOOSE_COMMITS, total // 4):
             return 0
         self.store.create(self.next_snapshot(), "\n".join(lines).encode())

@@ -302,6 +302,8 @@ def sentences(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
     """A column of messages as `sentence` has each of them."""
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
+    if texts.null_count == len(texts):
+        return texts
     known = "|".join(re.escape(form) for form in _known(()))
     hits = _hits(texts, _SUSPECT + (f"|{known}" if known else ""))
     return _replaced(texts, {i: sentence(texts[i].as_py()) or "" for i in hits})

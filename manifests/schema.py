@@ -117,7 +117,16 @@ def row_key(values: Iterable[Any]) -> str:
 
     Keys are only ever compared for one clip under one stage, so 64 bits are ample.
     """
-    return hashlib.blake2b(b"".join(map(_encode, values)), digest_size=8).hexdigest()
+    return _hashed(b"".join(map(_encode, values)))
+
+
+_BLAKE = hashlib.blake2b(digest_size=8)  # a copy is made in a third of the time of another
+
+
+def _hashed(data: bytes) -> str:
+    own = _BLAKE.copy()
+    own.update(data)
+    return own.hexdigest()
 
 
 def row_keys(table: pa.Table, columns: Sequence[str]) -> pa.StringArray:
@@ -127,9 +136,7 @@ def row_keys(table: pa.Table, columns: Sequence[str]) -> pa.StringArray:
         return pa.array([row_key(())] * table.num_rows, pa.string())
     encoded = [_encoded(table.column(name).combine_chunks()) for name in columns]
     joined = encoded[0] if len(encoded) == 1 else _joined(*encoded)
-    hashed = hashlib.blake2b
-    keys = [hashed(value, digest_size=8).hexdigest() for value in joined.to_pylist()]
-    return pa.array(keys, pa.string())
+    return pa.array(list(map(_hashed, joined.to_pylist())), pa.string())
 
 
 def _joined(*parts: Any) -> pa.BinaryArray:

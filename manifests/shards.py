@@ -130,12 +130,12 @@ def write_index(
     Written whole under another name first: an index is there or it is not. Raises StoreUnusable.
     """
     fs, path = fsspec.core.url_to_fs(url)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     known = {**facts, "workdir": workdir, "spec": spec.to_json()}
     schema = with_facts(INDEX.empty_table(), known).schema
     part = f"{path}.{uuid.uuid4().hex}.part"  # two runs may end at the same moment
     rows = 0
     try:
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         with (
             fs.open(part, "wb") as file,
             pq.ParquetWriter(file, schema, compression="zstd") as writer,
@@ -144,12 +144,12 @@ def write_index(
                 writer.write_table(table.cast(INDEX).replace_schema_metadata(schema.metadata))
                 rows += len(table)
         fs.mv(part, path)
-    except Exception as error:  # each driver has its own
+    except Exception as error:
         with contextlib.suppress(Exception):
             fs.rm_file(part)
-        if isinstance(error, StoreError):  # of what was to be written
+        if isinstance(error, StoreError | pa.ArrowException):
             raise
-        raise unusable(error, "write", url) from error
+        raise unusable(error, "write", url) from error  # each driver has exceptions of its own
     return rows
 
 

@@ -65,6 +65,9 @@ class SourceSettings(BaseModel):
     patterns: tuple[str, ...] = Field(
         (), description="folder: names such as '*.mp4'; default: every video extension"
     )
+    watch: int = Field(
+        100_000, ge=0, description="local files of a table that every run looks at for a change"
+    )
     recursive: bool = Field(True, description="folder: look into folders inside as well")
 
     @field_validator("encoding")
@@ -93,6 +96,7 @@ class SourceSettings(BaseModel):
             "encoding": {"csv", "openvid", "jsonl", "prompts", "folder"},
             "delimiter": {"csv", "openvid"},
             "videos": {"prompts"},
+            "watch": _TABLES | {"prompts"},
             "patterns": {"folder"},
             "recursive": {"folder"},
         }

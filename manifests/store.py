@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from manifests import durable
 from manifests.faults import StoreError as StoreError
 from manifests.faults import StoreUnusable as StoreUnusable
-from manifests.faults import bare, unusable
+from manifests.faults import unusable
+from manifests.redact import redact
 
 # A loader reads whole row groups: large enough for sequential reads, small enough for a few in RAM.
 ROW_GROUP_BYTES = 16 << 20
@@ -50,7 +51,7 @@ class Store:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ValueError, ImportError) as error:
-            raise StoreError(f"workdir {bare(url)} can't be used: {error}") from error
+            raise StoreError(f"workdir {redact(url)} can't be used: {error}") from error
         self.local = "file" in _protocols(self.fs)
         self._recent = _Recent()
         self._snapshots: dict[str, tuple[str, dict[str, bytes]]] = {}
@@ -106,7 +107,7 @@ class Store:
 
     def _no_conditional_put(self) -> str:
         return (
-            f"{bare(self.url)} has no conditional put, so commits there could overwrite each "
+            f"{redact(self.url)} has no conditional put, so commits there could overwrite each "
             "other: use a local or NFS folder, S3, GCS or another store that has one"
         )
 
@@ -125,8 +126,23 @@ class Store:
         with self._told("read", name, missing=True):
             return cast(bytes, self.fs.cat_file(self.path(name)))
 
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Any]:
+        """A file to read in parts. Raises FileNotFoundError."""
+        with self._told("read", name, missing=True), self.fs.open(self.path(name), "rb") as file:
+            yield file
+
+    def move(self, name: str, other: str) -> None:
+        """Gives the object another name. Raises FileNotFoundError."""
+        with self._told("rename", name, missing=True):
+            if self.local:
+                Path(self.path(name)).rename(self.path(other))
+            else:
+                self.fs.mv(self.path(name), self.path(other))
+
     def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        with self._told("find", name):
+            return bool(self.fs.exists(self.path(name)))
 
     def find(self, prefix: str) -> list[str]:
         """The names of all objects under `prefix`, sorted; empty where there are none."""
@@ -188,6 +204,24 @@ class Store:
         with self._told("delete", name), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
+    def delete_many(self, names: Sequence[str]) -> None:
+        """Deletes in the order given; many in one request where the store can."""
+        for start in range(0, len(names), 500):
+            some = names[start : start + 500]
+            if not getattr(self.fs, "async_impl", False):
+                for name in some:
+                    self.delete(name)
+                continue
+            with self._told("delete", some[0]):
+                self.fs.rm([self.path(name) for name in some])
+
+    def prune(self, prefix: str) -> None:
+        """Removes the empty folders below `prefix`, and itself; only disks have folders."""
+        if self.local:
+            for folder, _, _ in os.walk(self.path(prefix), topdown=False):
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
     def write_parquet(self, name: str, table: pa.Table) -> tuple[str, int]:
         """Writes the rows durably; returns the file's sha256 (hex) and its length in bytes.
 
@@ -247,7 +281,7 @@ class Store:
 def _unit_of(line: bytes) -> str:
     """The unit of a snapshot's line: it ends with it, as keys are sorted. Parsing the rest waits
     until it is asked for."""
-    return line[:-2].rpartition(b'"unit": "')[2].decode()
+    return line[:-2].rpartition(b'"unit": "')[2].decode(errors="replace")
 
 
 class _Recent:

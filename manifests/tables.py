@@ -27,6 +27,7 @@ Kind = Literal["str", "int", "float", "bool"]
 
 SAMPLE = 1000  # rows that decide the types of a text table's columns
 MAX_CELL = 16 << 20  # characters; what is longer is a quote that never closes
+MAX_LINE = 64 << 20  # characters; a compressed file of a few KB could hold a line that fills memory
 _BATCH = 8192  # rows of a Parquet file decoded at once
 _INT64 = range(-(1 << 63), 1 << 63)
 _DIGITS = re.compile(r"[+-]?\d+", re.ASCII)
@@ -162,8 +163,13 @@ def text_lines(
             file.open() as binary,
             io.TextIOWrapper(binary, encoding, "surrogateescape", newline=newline) as text,
         ):
-            for piece in iter(lambda: text.readline(size), ""):
+            for piece in iter(lambda: text.readline(MAX_LINE if size < 0 else size), ""):
                 number += not first
+                if len(piece) == MAX_LINE:
+                    raise SourceError(
+                        f"{file.shown}:{number}: the line has over {MAX_LINE >> 20} million "
+                        "characters, which no row has. Is it the right file, and `kind` what it is?"
+                    )
                 if ("\0" in piece or not piece.isascii()) and (bad := _BROKEN.search(piece)):
                     raise _not_text(file, number, first + bad.start() + 1, bad[0], encoding)
                 yield piece
@@ -317,8 +323,13 @@ def records_of(file: File, line: int, batch: pa.RecordBatch) -> Iterator[Record]
 @contextlib.contextmanager
 def _parquet(file: File) -> Iterator[pq.ParquetFile]:
     try:
-        with file.fs.open(file.path, "rb") as binary, pq.ParquetFile(binary) as parquet:
-            yield parquet
+        with file.fs.open(file.path, "rb") as binary:
+            try:
+                parquet = pq.ParquetFile(binary)
+            except (UnicodeDecodeError, OverflowError, MemoryError, IndexError) as error:
+                raise pa.ArrowInvalid(f"its metadata is damaged ({error})") from error
+            with parquet:
+                yield parquet
     except pa.ArrowInvalid as error:
         raise SourceError(
             f"{file.shown} is not a whole Parquet file: {str(error).strip().rstrip('.')}. Copy it "

@@ -14,19 +14,17 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline import stop
+from pipeline.cli_options import F, load, with_config
+from pipeline.cli_upkeep import audit, gc, verify
 
 if TYPE_CHECKING:
     from pipeline.dag import Pipeline
     from pipeline.unit import Retry
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def main() -> None:
@@ -81,34 +79,6 @@ def _known(error: Exception) -> int | None:
     return None
 
 
-def _config(command: F) -> F:
-    """-c and --set, which every command with a pipeline takes."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a setting: --set encode.dtype=bfloat16. May be given several times.",
-    )(command)
-    return click.option(
-        "-c",
-        "--config",
-        "file",
-        default="vidpipe.yaml",
-        show_default=True,
-        metavar="FILE",
-        help="The configuration.",
-    )(command)
-
-
-def _load(file: str, overrides: tuple[str, ...], **run: Any) -> Pipeline:
-    from pipeline import config, dag
-
-    loaded = config.load(file, overrides)
-    chosen = {name: value for name, value in run.items() if value is not None}
-    return dag.build(replace(loaded, run=loaded.run.model_copy(update=chosen)))
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="vidpipe", prog_name="vidpipe")
 def cli() -> None:
@@ -122,6 +92,10 @@ def cli() -> None:
              vidpipe run             whatever is pending
              vidpipe status          where every clip is
     """
+
+
+for command in (verify, audit, gc):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -166,7 +140,7 @@ def _run_options(command: F) -> F:
 
 @cli.command()
 @click.argument("stages", nargs=-1, metavar="[STAGE]...")
-@_config
+@with_config
 @_run_options
 def plan(
     stages: tuple[str, ...],
@@ -182,7 +156,7 @@ def plan(
     from pipeline.report import console
     from pipeline.run import prepare
 
-    pipeline = _load(file, overrides, gpus=gpus, runner=runner, address=address)
+    pipeline = load(file, overrides, gpus=gpus, runner=runner, address=address)
     _, _, todo = prepare(pipeline, *_asked(pipeline, stages, retry_failed), console())
     rows = [[s.name, s.counts.total, s.todo, len(s.units), s.why] for s in todo.stages.values()]
     click.echo(text_table(["stage", "in", "to do", "units", "why"], rows), nl=False)
@@ -192,7 +166,7 @@ def plan(
 
 @cli.command()
 @click.argument("stages", nargs=-1, metavar="[STAGE]...")
-@_config
+@with_config
 @_run_options
 @click.option("--explain", is_flag=True, help="Say how stages are spread over workers, and why.")
 def run(
@@ -213,7 +187,7 @@ def run(
     from pipeline.report import console
     from pipeline.run import run as run_pipeline
 
-    pipeline = _load(file, overrides, gpus=gpus, runner=runner, address=address)
+    pipeline = load(file, overrides, gpus=gpus, runner=runner, address=address)
     report = console()
     result = run_pipeline(pipeline, *_asked(pipeline, stages, retry_failed), report, explain)
     if not result.ran:
@@ -250,14 +224,14 @@ def _asked(
 
 
 @cli.command()
-@_config
+@with_config
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Where every clip is: per stage in, kept, rejected, failed, pending."""
     from pipeline.account import account, retry_hint
     from pipeline.output import json_text, text_table
 
-    result = account(_load(file, overrides))
+    result = account(load(file, overrides))
     if as_json:
         click.echo(json_text(result, indent=1))
         return
@@ -283,7 +257,7 @@ def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @cli.command()
 @click.argument("stage")
-@_config
+@with_config
 @click.option("--where", metavar="SQL", help='Only rows for which this holds: "len < 64".')
 @click.option("--columns", metavar="A,B", help="Only these columns.")
 @click.option(
@@ -313,35 +287,35 @@ def show(
     names = [c.strip() for c in columns.split(",")] if columns else []
     if not names and form == "table":
         names = ["clip_id", "uri", "outcome", "reason", "stage", "message"]
-    emit(select(_load(file, overrides), stage, where, names, limit), form, sys.stdout)
+    emit(select(load(file, overrides), stage, where, names, limit), form, sys.stdout)
 
 
 @cli.command()
-@_config
+@with_config
 @click.option("--out", required=True, metavar="FILE", help="A .parquet or .jsonl file.")
 def manifest(file: str, overrides: tuple[str, ...], out: str) -> None:
     """Write the whole joined view, one row per clip of the source, to a file."""
     from pipeline.query import write
 
-    rows = write(_load(file, overrides), out)
+    rows = write(load(file, overrides), out)
     click.echo(f"{out}: {rows} rows", err=True)
 
 
 @cli.command(context_settings={"ignore_unknown_options": False})
-@_config
+@with_config
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Optimizer steps.")
 @click.option("--output", metavar="DIR", help="Checkpoints and logs; default: WORKDIR/train.")
 def train(file: str, overrides: tuple[str, ...], steps: int | None, output: str | None) -> None:
     """Train on the latents and captions that are ready, from the last checkpoint on."""
     from pipeline.training import train as launch
 
-    code = launch(_load(file, overrides), steps, output)
+    code = launch(load(file, overrides), steps, output)
     if code:
         raise click.exceptions.Exit(code)
 
 
 @cli.command()
-@_config
+@with_config
 @click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT")
 @click.option("--out", required=True, metavar="FILE", help="A .gif, .mp4 or .png.")
 @click.option("--checkpoint", metavar="DIR", help="Default: the last one of WORKDIR/train.")
@@ -355,13 +329,13 @@ def sample(
     """Make videos of prompts with a trained model."""
     from pipeline.training import sample as launch
 
-    code = launch(_load(file, overrides), list(prompts), out, checkpoint)
+    code = launch(load(file, overrides), list(prompts), out, checkpoint)
     if code:
         raise click.exceptions.Exit(code)
 
 
 @cli.command()
-@_config
+@with_config
 def doctor(file: str, overrides: tuple[str, ...]) -> None:
     """Check this machine and, where there is one, the configuration."""
     from manifests.redact import shown

@@ -25,6 +25,7 @@ from stages import builtin
 from stages.base import Context, Sampling, Stage
 
 DEFAULT_FILE = "vidpipe.yaml"
+MOST_VALUES = 100_000  # of a configuration
 
 AnyStage = Stage[Any, Any]
 
@@ -272,8 +273,10 @@ def _read_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[tuple[Any, ..
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{file}:{line}: not YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{file}: not YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: values are nested too deeply, or hold themselves") from error
     finally:
         loader.dispose()
     if not isinstance(data, dict):
@@ -289,6 +292,8 @@ def _positions(
     file: str,
 ) -> None:
     lines.setdefault(where, str(node.start_mark.line + 1))
+    if len(lines) > MOST_VALUES:  # a few aliases of aliases make billions
+        raise ConfigError(f"{file}: its aliases stand for over {MOST_VALUES} values")
     if isinstance(node, yaml.MappingNode):
         for key_node, value in node.value:
             key = (*where, key_node.value)
@@ -317,7 +322,7 @@ def _override(data: dict[str, Any], lines: dict[tuple[Any, ...], str], override:
         target = inner
     try:
         target[parts[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not YAML") from error
     lines[parts] = "--set"
 

@@ -35,8 +35,7 @@ def refresh(pipeline: Pipeline) -> int | None:
     clips; None where the DAG has no encode stage or nothing is encoded yet."""
     if "encode" not in pipeline.stages:
         return None
-    column = caption_column(pipeline)
-    wanted = ["encode"] + (["recaption"] if column == "recaption" else [])
+    column, wanted = caption_column(pipeline), _wanted(pipeline)
     state = _state(pipeline, wanted)
     if state == _last_state(pipeline) and pipeline.store.find(INDEX_NAME):
         return None
@@ -51,6 +50,18 @@ def refresh(pipeline: Pipeline) -> int | None:
     rows = write_index(path(pipeline), pipeline.config.workdir, chain([first], tables), spec, facts)
     pipeline.store.put(_STATE, json.dumps(state).encode())
     return rows
+
+
+def up_to_date(pipeline: Pipeline) -> bool:
+    """Whether there is an index, and nothing that it is made of has changed since."""
+    if "encode" not in pipeline.stages or not pipeline.store.find(INDEX_NAME):
+        return False
+    return _state(pipeline, _wanted(pipeline)) == _last_state(pipeline)
+
+
+def _wanted(pipeline: Pipeline) -> list[str]:
+    """The stages that must have kept a clip."""
+    return ["encode"] + (["recaption"] if caption_column(pipeline) == "recaption" else [])
 
 
 def _state(pipeline: Pipeline, wanted: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from manifests.view import SOURCE_LAYER, UnitView, ends
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import views
+from stages.filter import LOCKED
 
 _FIRST = ("clip_id", "uri", "caption", "outcome", "reason", "message", "stage")
 
@@ -95,11 +96,12 @@ def select(
         query += f" WHERE ({where}\n)"
     if limit is not None:
         query += f" LIMIT {limit:d}"
-    settings = {"enable_external_access": "false", "lock_configuration": "true"}
-    with duckdb.connect(config=settings) as connection:
+    with duckdb.connect(config={**LOCKED, "memory_limit": "4GB"}) as connection:
         # As DuckDB asks for them: unit by unit, and no more than the limit needs.
         connection.register("manifest", pa.RecordBatchReader.from_batches(schema, rows()))
         try:
+            if len(connection.extract_statements(query)) != 1:
+                raise ConfigError(f"--where {where!r}: a single condition is expected")
             return connection.sql(query).to_arrow_table()
         except duckdb.Error as error:
             if faults:

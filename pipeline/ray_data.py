@@ -48,6 +48,8 @@ POLL_SECONDS = 0.5
 # Where models are at work units travel in parts of about so many rows: enough of them to keep every
 # GPU at work to the end, and to lose little with one.
 PART_ROWS = 256
+# Units or parts that each worker gets at least, where there are enough: the last ones end together.
+ROUNDS = 4
 # Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
 STOP_SECONDS = 6.0
 
@@ -139,7 +141,8 @@ def run(
                 if explain:
                     report.note(_spread(number, part, workers))
                 wanted = {unit for name in part.stages for unit in plan.stages[name].units}
-                cut = parts if any(workers[name].actor for name in part.stages) else 1
+                own = [workers[name] for name in part.stages]
+                cut = _cut(own, len(wanted), parts)
                 work = [
                     (unit, number, cut)
                     for unit in plan.units
@@ -152,6 +155,14 @@ def run(
                     wave = work[start : start + WAVE_UNITS]
                     faults += _run_wave(pipeline, part, workers, wave, retry, tally)
         return faults
+
+
+def _cut(workers: Sequence[Workers], units: int, parts: int) -> int:
+    """Into how many parts units are cut: as many as they have where a model is at work, and else
+    only so that no worker is without one, since reading and committing have their price."""
+    if any(each.actor for each in workers):
+        return parts
+    return min(parts, -(-ROUNDS * max(each.count for each in workers) // units))
 
 
 def _spread(number: int, part: Pass, workers: Mapping[str, Workers]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from manifests.faults import halts
 from manifests.intake import Scan, scan
 from manifests.log import Counts
 from manifests.schema import did_you_mean
@@ -19,6 +21,8 @@ from pipeline.resources import check_workdir, free_space
 from pipeline.unit import EVERY_CLASS, Receipt, Retry
 
 LOW_SPACE = 2 << 30
+# Of files that are not those that were hashed: to try these again, the source is looked at anew.
+CHANGED = "source_changed"
 READING_SECONDS = 10.0
 
 
@@ -44,9 +48,19 @@ def prepare(
     check_workdir(pipeline.config.workdir)
     if not pipeline.store.local:
         pipeline.store.prove()
-    done = scan(
-        pipeline.store, pipeline.config.source, pipeline.config.run.unit_size, _reading(report)
-    )
+    try:
+        done = scan(
+            pipeline.store,
+            pipeline.config.source,
+            pipeline.config.run.unit_size,
+            _reading(report),
+            anew=_looks_anew(pipeline, stages, retry),
+        )
+    except OSError as error:  # the table is spilled to a temporary folder
+        full = halts(error, tempfile.gettempdir())
+        if full is None:
+            raise
+        raise full from error
     if done.new or done.changed or done.gone:
         gone = f", {done.gone} gone" if done.gone else ""
         changed = f", {done.changed} changed" if done.changed else ""
@@ -103,6 +117,17 @@ def run(
     return Result(done, stages, True, status(pipeline), faults)
 
 
+def _looks_anew(pipeline: Pipeline, stages: Sequence[str], retry: Retry) -> bool:
+    """Whether rows are tried again whose files are not those that were hashed: then download has
+    to see what they are now."""
+    if not retry.failed or (retry.classes and not retry.classes & {CHANGED, EVERY_CLASS}):
+        return False
+    if CHANGED in retry.classes:
+        return True
+    totals = status(pipeline)
+    return any(CHANGED in totals[name].failed for name in stages)
+
+
 def _run(
     pipeline: Pipeline,
     stages: Sequence[str],
@@ -122,7 +147,7 @@ def _check_retry(todo: Plan, retry: Retry, report: Reporter) -> None:
     """Raises ConfigError for a failure class that no row has: a typo would retry nothing."""
     known = sum((Counter(stage.counts.failed) for stage in todo.stages.values()), Counter[str]())
     there = ", ".join(f"{n} {name}" for name, n in sorted(known.items())) or "none"
-    for name in sorted(retry.classes - known.keys() - {EVERY_CLASS}):
+    for name in sorted(retry.classes - known.keys() - {EVERY_CLASS, CHANGED}):
         raise ConfigError(
             f"--retry-failed {name}: no failed row has that class.{did_you_mean(name, known)} "
             f"Failed rows: {there}."

@@ -29,6 +29,8 @@ from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
+# And at least so often, so that a crash costs no more than this of a slow stage's work.
+COMMIT_SECONDS = 60.0
 EVERY_CLASS = "all"
 
 AnyStage = Stage[Any, Any]
@@ -134,7 +136,8 @@ def run_unit(
             on_rows(stage.name, counts)
             receipt.counts += counts
             done.append(new)
-            if sum(table.nbytes for table in done) >= COMMIT_BYTES:
+            size = sum(table.nbytes for table in done)
+            if size >= COMMIT_BYTES or clock.since("commit") >= COMMIT_SECONDS:
                 view = _commit(view, stage, loaded, done, receipt.seconds)
                 watch.committed()
                 clock.lap("commit")
@@ -305,9 +308,14 @@ class _Clock:
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds
-        self._last = time.perf_counter()
+        self._start = self._last = time.perf_counter()
+        self._ends: dict[str, float] = {}
+
+    def since(self, phase: str) -> float:
+        """Seconds since the last lap of that phase, or since the start."""
+        return time.perf_counter() - self._ends.get(phase, self._start)
 
     def lap(self, phase: str) -> None:
-        now = time.perf_counter()
+        now = self._ends[phase] = time.perf_counter()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now

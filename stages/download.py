@@ -27,6 +27,7 @@ from pydantic import Field
 
 from manifests.credentials import Credentials, CredentialsError
 from manifests.redact import redact, secrets_of, split_secret
+from manifests.watch import state_of
 from stages.base import (
     Context,
     Failed,
@@ -39,6 +40,7 @@ from stages.base import (
     StageSettings,
     alive,
 )
+from stages.guard import Guard
 from stages.openers import driver_faults, from_fs, from_http, from_zip
 from stages.transfer import Limits, Open, TransferError, store
 
@@ -55,9 +57,10 @@ class DownloadSettings(StageSettings):
     )
     allow_outside: Speed[bool] = Field(
         False,
-        description="relative paths may leave the table's folder by `..`, "
-        "and a remote table may name local files",
+        description="relative paths may leave the table's folder by `..`, a remote table may name "
+        "local files, and URLs may lead to this machine and its network's own services",
     )
+    redirects: Speed[int] = Field(5, ge=0, description="that a URL may lead through")
     connections: Speed[int] = Field(16, ge=1, le=256, description="files at once, of one worker")
     timeout: Speed[float] = Field(60.0, gt=0, description="seconds without a byte")
     retries: Speed[int] = Field(5, ge=0, description="further tries after a fault that may pass")
@@ -150,13 +153,15 @@ def use_local(path: str) -> Row:
         if info.st_size == 0:
             raise TransferError("empty_file", f"{path} has 0 bytes")
         content = _sha256(path, info.st_size, info.st_mtime_ns)
+        if state_of(Path(path).stat()) != state_of(info):
+            raise TransferError("source_changed", f"{path} was changed while it was being hashed")
     except PermissionError as error:
         raise TransferError("permission", f"{path} may not be read") from error
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise TransferError("missing_file", f"there is no file {path}") from error
     except OSError as error:
         raise TransferError("unreadable", f"{path} can't be read: {error.strerror}") from error
-    return {"path": path, "content": content, "bytes": info.st_size}
+    return {"path": path, "content": content, "bytes": info.st_size, "state": state_of(info)}
 
 
 @functools.lru_cache(maxsize=65536)
@@ -174,9 +179,12 @@ def suffix_of(place: Place) -> str:
 
 
 class Download(Stage[DownloadSettings, None]):
-    """`path`: absolute for local files, else relative to the workdir. `content`: sha256."""
+    """`path`: absolute for local files, else relative to the workdir. `content`: sha256. `state`
+    tells the file from a later one in its place: a local one by size and time, a remote one by a
+    hash of its ETag or time."""
 
     name = "download"
+    version = 2
     Settings = DownloadSettings
     reads = ("uri", "version")
     adds = pa.schema(
@@ -184,6 +192,7 @@ class Download(Stage[DownloadSettings, None]):
             pa.field("path", pa.string()),
             pa.field("content", pa.string()),
             pa.field("bytes", pa.int64()),
+            pa.field("state", pa.string()),
         ]
     )
     default_batch = 256
@@ -196,6 +205,7 @@ class Download(Stage[DownloadSettings, None]):
     def __init__(self, settings: DownloadSettings, context: Context) -> None:
         super().__init__(settings, context)
         s = settings
+        self._guard = Guard(context.root, s.schemes, s.allow_outside)
         self._limits = Limits(s.max_bytes, s.timeout, s.retries, s.backoff)
 
     def identity(self) -> dict[str, Any]:
@@ -270,22 +280,35 @@ class Download(Stage[DownloadSettings, None]):
         return {uri: _attempt(uri, lambda: self._bring(place, _public(place), self._opener(place)))}
 
     def _opener(self, place: Place) -> Open:
-        fs, path = _filesystem(place.path)
+        fs, path = _filesystem(place.path, self._guard, self.settings.redirects)
         if place.scheme in ("http", "https"):
-            return from_http(fs, place.path, self.settings.timeout)
+            return from_http(fs, place.path, self.settings.timeout, self.settings.redirects)
         return from_fs(fs, path)
 
     def _members(self, path: str, jobs: Sequence[tuple[str, Place]]) -> dict[str, Outcome]:
         """Members of one archive, which is opened once."""
         with ExitStack() as stack:
             try:
-                archive, version = _open_zip(path, stack)
+                archive, version = self._open_zip(path, stack)
             except TransferError as error:
                 return {uri: _failed(uri, error) for uri, _ in jobs}
             return {
                 uri: _attempt(uri, functools.partial(self._member, place, archive, version))
                 for uri, place in jobs
             }
+
+    def _open_zip(self, path: str, stack: ExitStack) -> tuple[zipfile.ZipFile, str]:
+        """The archive, and what tells this version of a local one from another."""
+        with driver_faults():
+            if Place(path).scheme == "file":
+                info = Path(path).stat()
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                return archive, f"|{state_of(info)}"
+            fs, inner = _filesystem(path, self._guard, self.settings.redirects)
+            file = stack.enter_context(fs.open(inner, "rb"))
+            if not file.seekable():
+                raise TransferError("bad_archive", "the server serves no ranges, so no member")
+            return stack.enter_context(zipfile.ZipFile(file)), ""
 
     def _member(self, place: Place, archive: zipfile.ZipFile, version: str) -> Row:
         member = place.member or ""
@@ -294,43 +317,44 @@ class Download(Stage[DownloadSettings, None]):
 
     def _bring(self, place: Place, address: str, open_at: Open) -> Row:
         stored = store(self._media(), address, suffix_of(place), open_at, self._limits)
-        return {"path": stored.path, "content": stored.content, "bytes": stored.bytes}
+        state = stored.tag or None
+        return {
+            "path": stored.path,
+            "content": stored.content,
+            "bytes": stored.bytes,
+            "state": state,
+        }
 
 
 # Kept here: fsspec itself would keep some of them one per thread.
 @functools.cache
+def _http(guard: Guard, redirects: int) -> Any:
+    import fsspec
+
+    session = {"trust_env": True, "trace_configs": [guard.trace()]}
+    return fsspec.filesystem(
+        "http", client_kwargs=session, max_redirects=redirects + 1, skip_instance_cache=True
+    )
+
+
+@functools.cache
 def _filesystem_of(scheme: str) -> Any:
     import fsspec
 
-    if scheme in ("http", "https"):
-        return fsspec.filesystem("http", client_kwargs={"trust_env": True})
     return fsspec.filesystem(scheme)
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def _filesystem(url: str, guard: Guard, redirects: int) -> tuple[Any, str]:
     scheme = Place(url).scheme
     with driver_faults():
         try:
-            fs = _filesystem_of(scheme)
+            web = scheme in ("http", "https")
+            fs = _http(guard, redirects) if web else _filesystem_of(scheme)
         except ImportError as error:
             module, extra = _DRIVERS.get(scheme, ("", ""))
             remedy = f"{module} is not installed: pip install 'vidpipe[{extra}]'"
             raise TransferError("missing_package", remedy if module else str(error)) from error
         return fs, str(fs._strip_protocol(url))
-
-
-def _open_zip(path: str, stack: ExitStack) -> tuple[zipfile.ZipFile, str]:
-    """The archive, and what tells this version of a local one from another."""
-    with driver_faults():
-        if Place(path).scheme == "file":
-            info = Path(path).stat()
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            return archive, f"|{info.st_size}|{info.st_mtime_ns}"
-        fs, inner = _filesystem(path)
-        file = stack.enter_context(fs.open(inner, "rb"))
-        if not file.seekable():
-            raise TransferError("bad_archive", "the server serves no ranges, so no member")
-        return stack.enter_context(zipfile.ZipFile(file)), ""
 
 
 def _public(place: Place) -> str:

@@ -22,7 +22,8 @@ from stages.base import (
     Stage,
     alive,
 )
-from stages.frames import Clip, TooShort, VideoError, local_path, read_clip
+from stages.files import CARRIED, clip_file
+from stages.frames import Clip, TooShort, VideoError, read_clip
 from stages.models import folder_sha256, model_identity, resolve
 from stages.vaes import Vae, shape_of
 from stages.video import READING_MAY_PASS, Budget, DecodingSettings
@@ -57,7 +58,7 @@ class Encode(Stage[EncodeSettings, Vae]):
     name = "encode"
     Settings = EncodeSettings
     reads = ("content", "start", "end")
-    carries = ("path",)
+    carries = CARRIED
     adds = LATENTS
     after = ("filter",)
     default_batch = 1
@@ -149,10 +150,11 @@ class Encode(Stage[EncodeSettings, Vae]):
                 futures += [pool.submit(self._read, row) for row in islice(waiting, 1)]
 
     def _read(self, row: Row) -> Clip | Rejected | Failed:
-        path = local_path(row["path"], self.context)
         budget = Budget(self.settings, self.name)
         try:
-            return read_clip(path, self.context.sampling, row["start"], row["end"], budget=budget)
+            with clip_file(row, self.context) as path:
+                sampling = self.context.sampling
+                return read_clip(path, sampling, row["start"], row["end"], budget=budget)
         except TooShort as error:
             return Rejected("too_short", str(error))
         except VideoError as error:

@@ -16,7 +16,9 @@ import atexit
 import functools
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -28,8 +30,15 @@ from manifests.schema import did_you_mean
 from stages.base import Context, Failed, Outcome, Rejected, Row, Stage, StageError, StageSettings
 from stages.remember import remembered
 
-# Read no file, load nothing, and let no rule change that.
-_CONFIG = {"enable_external_access": "false", "lock_configuration": "true", "threads": "1"}
+# Read no file and no variable of ours, load nothing, fill no memory, and let no rule change that.
+LOCKED = {
+    "enable_external_access": "false",
+    "python_enable_replacements": "false",
+    "memory_limit": "1GB",
+    "lock_configuration": "true",
+}
+_CONFIG = {**LOCKED, "threads": "1"}
+_LIMIT = 120.0  # seconds for the rules over a batch, which take milliseconds
 _LONGEST = 80  # characters of a value in a message
 
 
@@ -136,6 +145,24 @@ def _database() -> Any:
 def _connect() -> Any:
     """A connection with tables of its own; opening a database takes 0.1 s, this nothing."""
     return _database().cursor()
+
+
+@contextmanager
+def _limited(database: Any, rules: Sequence[Rule]) -> Iterator[None]:
+    """Raises StageError where the rules take longer than any sensible one."""
+    import duckdb
+
+    timer = threading.Timer(_LIMIT, database.interrupt)
+    timer.start()
+    try:
+        yield
+    except duckdb.InterruptException as error:
+        raise StageError(
+            f"filter: the rules {', '.join(rule.name for rule in rules)} took over {_LIMIT:g} s "
+            "for a batch of rows: one of them does far more than compare a row's columns"
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def _select(database: Any, sql: str) -> dict[str, Any]:
@@ -312,7 +339,8 @@ class Filter(Stage[FilterSettings, None]):
             for i, rule in enumerate(self.rules)
         )
         query = f"SELECT CASE {cases} END FROM clip ORDER BY _row"  # noqa: S608  parsed rules
-        found = database.execute(query).fetchall()
+        with _limited(database, self.rules):
+            found = database.execute(query).fetchall()
         outcomes: list[Outcome] = []
         for row, (first,) in zip(rows, found, strict=True):
             if first is None:

@@ -10,12 +10,11 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.base import Context, Sampling
+from stages.base import Sampling
 from stages.picture import Fit, Pixels, short_side
 from stages.video import (
     LAST,
@@ -40,7 +39,6 @@ __all__ = [
     "Few",
     "TooShort",
     "VideoError",
-    "local_path",
     "picks",
     "read_clip",
     "sample_few",
@@ -75,14 +73,6 @@ class Clip:
     def length(self) -> int:
         """Frames that were decoded, without any filling."""
         return len(self.times)
-
-
-def local_path(path: str, context: Context) -> str:
-    """Where the bytes of a row's `path` are: absolute, or relative to the workdir (downloads).
-    Under a remote workdir it is a URL, which everything here opens as well."""
-    if "://" in path or Path(path).is_absolute():
-        return path.removeprefix("file://")
-    return f"{context.workdir.rstrip('/')}/{path}".removeprefix("file://")
 
 
 def due(seconds: float, fps: float, slack: float = 0.0) -> int:
@@ -377,7 +367,8 @@ def sample_few(
         part = section(timeline(video, start, end), start, end)
     span = part.t1 - part.t0
     upright = short_side(size)
-    frames, later = [], []
+    frames: list[Pixels] = []
+    later: list[Pixels] = []
     for k in range(count):
         share = 0.5 if count == 1 else 0.1 + 0.8 * k / (count - 1)
         moment = max(part.t0, min(part.t0 + share * span, part.t1 - gap))
@@ -386,6 +377,10 @@ def sample_few(
             pair = [*pair[:1], shown]
             if shown.until > moment + gap:
                 break
-        frames.append(upright(pair[0].sound(), pair[0].pixel))
-        later.append(upright(pair[-1].sound(), pair[-1].pixel))
+        for shown, pictures in ((pair[0], frames), (pair[-1], later)):
+            picture = upright(shown.sound(), shown.pixel)
+            if frames and picture.shape != frames[0].shape:  # the size changes within the video
+                height, width, _ = frames[0].shape
+                picture = Fit(height, width, "pad")(shown.sound(), shown.pixel)
+            pictures.append(picture)
     return Few(np.stack(frames), np.stack(later))

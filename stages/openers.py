@@ -7,6 +7,7 @@ TransferError. Our own disk's faults pass through: they are no fault of the file
 from __future__ import annotations
 
 import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from stages.transfer import CHUNK, Open, Stream, TransferError
 _URL = re.compile(r"(?:[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+")
 
 
-def from_http(fs: Any, url: str, timeout: float) -> Open:
+def from_http(fs: Any, url: str, timeout: float, redirects: int) -> Open:
     """Opens `url` through fsspec's HTTP filesystem `fs`, with a range where part of it is here."""
     import aiohttp
     import yarl
@@ -35,7 +36,9 @@ def from_http(fs: Any, url: str, timeout: float) -> Open:
             headers["Range"] = f"bytes={start}-"
         # A URL that is one is asked for as it stands: escaped anew, its signature may not hold.
         address = yarl.URL(url, encoded=_URL.fullmatch(url) is not None)
-        response = await session.get(address, headers=headers, timeout=patience)
+        response = await session.get(
+            address, headers=headers, timeout=patience, max_redirects=redirects + 1
+        )
         first = b""
         with suppress(aiohttp.ClientError, OSError):  # the next read raises it again
             first = await read(response)
@@ -127,10 +130,10 @@ def _http_faults() -> Iterator[None]:
         raise
     except TimeoutError as error:
         raise TransferError("timeout", "no byte came for too long", retry=True) from error
-    except ValueError as error:
+    except (ValueError, aiohttp.InvalidURL) as error:
         raise TransferError("bad_url", f"no URL that can be asked for: {error}") from error
     except aiohttp.TooManyRedirects as error:
-        raise TransferError("http_error", "too many redirects") from error
+        raise TransferError("bad_redirect", "too many redirects") from error
     except (aiohttp.ClientError, ConnectionError) as error:
         message = f"{type(error).__name__}: {error}"
         raise TransferError("network", message, retry=True) from error
@@ -168,6 +171,8 @@ def from_zip(archive: zipfile.ZipFile, member: str) -> Open:
                     raise TransferError("missing_file", f"the archive has no {member!r}") from error
                 if info.is_dir():
                     raise TransferError("not_a_file", f"{member!r} is a folder of the archive")
+                if stat.S_ISLNK(info.external_attr >> 16):
+                    raise TransferError("not_a_file", f"{member!r} is a link, not a file")
                 if info.flag_bits & 1:
                     raise TransferError("encrypted", f"{member!r} needs a password")
                 file = stack.enter_context(archive.open(info))
@@ -193,6 +198,8 @@ def driver_faults() -> Iterator[None]:
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise TransferError("bad_archive", f"the zip file is damaged: {error}") from error
     except FileNotFoundError as error:
+        if isinstance(error.__cause__, TransferError):  # fsspec's word for any fault of a server
+            raise error.__cause__ from error
         raise TransferError("missing_file", f"there is no such file: {error}") from error
     except IsADirectoryError as error:
         raise TransferError("not_a_file", f"it is a folder: {error}") from error

@@ -11,7 +11,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from stages.base import Failed, Outcome, Row, Sampling, Stage, alive
-from stages.frames import local_path, picks
+from stages.files import CARRIED, clip_file
+from stages.frames import picks
 from stages.picture import display_matrix, quarter_turned
 from stages.video import (
     READING_MAY_PASS,
@@ -48,7 +49,7 @@ class Probe(Stage[ProbeSettings, None]):
     name = "probe"
     Settings = ProbeSettings
     reads = ("content", "start", "end")
-    carries = ("path",)
+    carries = CARRIED
     adds = pa.schema(
         [
             ("codec", pa.string()),
@@ -79,17 +80,11 @@ class Probe(Stage[ProbeSettings, None]):
         return [self._row(row) for row in rows]
 
     def _row(self, row: Row) -> Outcome:
-        path = local_path(row["path"], self.context)
+        sampling, tolerance = self.context.sampling, self.settings.tolerance
         budget = Budget(self.settings, self.name)
         try:
-            return probed(
-                path,
-                self.context.sampling,
-                row["start"],
-                row["end"],
-                self.settings.tolerance,
-                budget,
-            )
+            with clip_file(row, self.context) as path:
+                return probed(path, sampling, row["start"], row["end"], tolerance, budget)
         except VideoError as error:
             return Failed(error.error, str(error))
         finally:

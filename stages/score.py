@@ -17,7 +17,8 @@ from pydantic import Field
 
 from stages.aesthetics import Aesthetics
 from stages.base import Context, Failed, Outcome, Row, Speed, Stage, StageError, alive
-from stages.frames import Few, VideoError, local_path, sample_few
+from stages.files import CARRIED, clip_file
+from stages.frames import Few, VideoError, sample_few
 from stages.models import check, model_identity, resolve
 from stages.picture import Pixels
 from stages.video import READING_MAY_PASS, Budget, DecodingSettings
@@ -62,7 +63,7 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
     Settings = ScoreSettings
     reads = ("content", "start", "end")
     after = ("probe",)  # what probe can't open need not fail twice
-    carries = ("path",)
+    carries = CARRIED
     default_batch = 16
     default_time_limit = 600.0
     transient = READING_MAY_PASS
@@ -133,9 +134,9 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
 
     def _few(self, row: Row) -> Few:
         s = self.settings
-        path = local_path(row["path"], self.context)
         budget = Budget(s, self.name)
-        return sample_few(path, s.frames, s.side, row["start"], row["end"], s.gap, budget)
+        with clip_file(row, self.context) as path:
+            return sample_few(path, s.frames, s.side, row["start"], row["end"], s.gap, budget)
 
 
 def measured(few: Few) -> Row:

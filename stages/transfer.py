@@ -49,6 +49,7 @@ class Stored:
     path: str  # relative to the workdir
     content: str  # sha256
     bytes: int
+    tag: str = ""  # a hash of what its server says tells it from a later version; empty: unknown
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def store(media: Path, address: str, suffix: str, open_at: Open, limits: Limits)
         place = media / content[:2] / (content + suffix)
         place.parent.mkdir(parents=True, exist_ok=True)
         part.replace(place)
-        stored = Stored(f"media/{content[:2]}/{place.name}", content, size)
+        tag = part.with_suffix(".tag").read_text()
+        stored = Stored(f"media/{content[:2]}/{place.name}", content, size, tag)
         # The record comes last: where it is, the file is whole.
         record.parent.mkdir(parents=True, exist_ok=True)
         draft = part.with_suffix(".record")
@@ -102,7 +104,9 @@ def _recorded(record: Path, media: Path) -> Stored | None:
     # A record cut off by a power failure is as good as none.
     with suppress(FileNotFoundError, ValueError, TypeError):
         stored = Stored(**json.loads(record.read_text()))
-        if (media.parent / stored.path).stat().st_size == stored.bytes:
+        place = media.parent / stored.path
+        if place.stat().st_size == stored.bytes:
+            os.utime(place)  # young again: `vidpipe gc` leaves it to the row that will name it
             return stored
     return None
 
@@ -158,7 +162,7 @@ def _receive(part: Path, open_at: Open, limits: Limits) -> tuple[str, int]:
 
 def tag_of(stream: Stream) -> str:
     """The stream's tag as it may lie on the disk: a server can put anything into it."""
-    return hashlib.sha256(stream.tag.encode()).hexdigest() if stream.tag else ""
+    return hashlib.sha256(stream.tag.encode()).hexdigest()[:32] if stream.tag else ""
 
 
 def _too_large(part: Path, limits: Limits) -> TransferError:

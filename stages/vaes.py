@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
@@ -117,7 +118,7 @@ class Vae:
         try:
             cls = getattr(diffusers, self.shape.class_name)
             module = cls.from_pretrained(folder, torch_dtype=self.dtype)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             raise StageError(f"the VAE in {folder} can't be loaded: {error}") from error
         self.module = module.to(self.device).eval().requires_grad_(False)
         self.channels = int(_first(self.module.config, "latent_channels", "z_dim"))

@@ -30,6 +30,17 @@ SNAP = 0.001
 ROUNDED_TICK = 0.002
 # Frames by whose gaps the length of the last one is told where nothing states it.
 LAST = 64
+# Containers that hold what they are about. Others (HLS, DASH, concat, SDP) name further files and
+# addresses, which FFmpeg opens: a downloaded "video" could read any file here.
+FORMATS = ",".join(
+    (
+        *("mov", "matroska", "webm", "avi", "flv", "live_flv", "mpegts", "mpegtsraw", "mpeg"),
+        *("asf", "asf_o", "ogg", "mxf", "gxf", "rm", "nut", "wtv", "dv", "dhav", "nsv", "swf"),
+        *("h261", "h263", "h264", "hevc", "vvc", "m4v", "mpegvideo", "av1", "obu", "ivf", "vc1"),
+        *("vc1test", "avs2", "avs3", "cavsvideo", "dirac", "dnxhd", "mjpeg", "yuv4mpegpipe"),
+        *("gif", "apng", "mp3", "aac", "wav", "w64", "flac", "ac3", "eac3", "aiff", "au", "caf"),
+    )
+)
 NO_DECODER = "FFmpeg has no decoder for this video's codec"
 # A day at 60 frames a second. Each takes some 150 bytes while times are worked out.
 MOST_PACKETS = 60 * 60 * 60 * 24
@@ -143,7 +154,12 @@ def opened(path: str, threads: int = 1, budget: Budget | None = None) -> Iterato
             remote = "://" in path
             source = stack.enter_context(fsspec.open(path, "rb")) if remote else _checked(path)
             # FFmpeg would decode some 20 frames to guess a rate that timestamps tell.
-            options = {"fpsprobesize": "0", "max_pixels": str(budget.pixels)}
+            options = {
+                "fpsprobesize": "0",
+                "max_pixels": str(budget.pixels),
+                "format_whitelist": FORMATS,
+                "protocol_whitelist": "file",  # nothing that it opens by itself is remote
+            }
             container = av.open(
                 source, options=options, metadata_errors="replace", timeout=budget.left()
             )
@@ -318,7 +334,7 @@ def translated(error: Exception, opening: str = "") -> VideoError:
     if isinstance(error, IsADirectoryError):
         return VideoError("not_a_video", "this is a folder, not a file")
     if isinstance(error, MemoryError):
-        return VideoError("out_of_memory", "a frame or a header asks for more memory than there is")
+        return VideoError("bad_header", "a frame or a header asks for more memory than there is")
     if isinstance(error, (av.error.DecoderNotFoundError, av.error.BSFNotFoundError)):
         return VideoError("unknown_codec", NO_DECODER)
     if isinstance(error, (av.error.PatchWelcomeError, NotImplementedError)):

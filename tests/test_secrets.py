@@ -150,7 +150,7 @@ def project(tmp_path: Path, web: Web) -> Path:
         "  model: some/model\n"
         "  retries: 0\n"
         "  api_key_env: CAPTIONS_KEY\n"
-        f"  endpoints: ['http://{USER}:plantedroot@{host}/v1']\n"
+        f"  endpoints: ['{web.url}/v1']\n"
         f"  template_args: {{hf_token: {ENVIRONMENT['HF_TOKEN']}}}\n"
         "stages: {leaky: {use: 'leaky_stages:Leaky'}}\n"
     )
@@ -206,7 +206,10 @@ def test_no_planted_secret_is_ever_written_or_said(
         done = vidpipe("run", "--runner", runner, RAISE="yes")
         assert done.returncode == 1, "the stage raised"
         assert b"RuntimeError: the secret is" in done.stderr
-        done = vidpipe("run", "--runner", runner, "--explain")
+        done = vidpipe("run", "recaption", "--runner", runner)
+        assert done.returncode == 1, "the server refuses the key"
+        assert b"401" in done.stderr
+        done = vidpipe("run", "leaky", "encode", "--runner", runner, "--explain")
         assert done.returncode == 0, done.stderr
         rows = vidpipe("show", "encode", "--format", "jsonl")
         if runner == "local":  # the rest runs in the same process either way

@@ -7,6 +7,7 @@ that depends on the request's seed alone, whatever else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 from stages.base import Failed, StageError
@@ -69,11 +70,16 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), local_files_only=True
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,  # never: not even where the folder asks for it
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             first = str(error).strip().splitlines()[0]
             raise StageError(f"{folder} is no language model for transformers: {first}") from error
         self._model = model.to(device).eval()

@@ -1,4 +1,4 @@
-"""Damaged videos through probe and encode's decoding, each accounted for: `make fuzz FILES=2000`.
+"""Damaged videos through probe, score and encode's decoding, each accounted for: `make fuzz`.
 
 A child process does the work, as a run's worker does, so that a crash within FFmpeg costs one file
 and is counted, not hidden.
@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from random import Random
 from typing import Any
 
+import pyarrow as pa
+from fuzz_run import Trivial, fuzz_run, part_of
 from mutations import mutated
 
 VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
@@ -66,33 +67,29 @@ class Report:
         )
 
 
-class Trivial:
-    """Stands in for the VAE: latents of one number a clip."""
-
-    def encode(self, clips: Any, pictures: int, moments: bool) -> list[Any]:
-        return [clip.float().mean().reshape(1, 1, 1, 1) for clip in clips]
-
-
 def settle(path: Path, start: float | None, end: float | None) -> tuple[str, str]:
     """(outcome, reason) of a file, by the stages themselves."""
     from stages.base import Context, Failed, Rejected, Sampling
     from stages.encode import Encode, EncodeSettings
     from stages.probe import Probe, ProbeSettings
+    from stages.score import Score, ScoreSettings
 
     context = Context(str(path.parent), sampling=Sampling(frames=32, size=64))
     limit = {"decode_seconds": DECODE_SECONDS}
     probe = Probe(ProbeSettings(**limit), context)
+    score = Score(ScoreSettings(frames=3, side=64, **limit), context)
     encode = Encode(EncodeSettings(**limit), context)
     row = {"path": str(path), "start": start, "end": end}
-    for outcomes in (lambda: probe.process([row], None), lambda: encode.process([row], Trivial())):
-        (outcome,) = outcomes()
+    for stage, model in ((probe, None), (score, None), (encode, Trivial())):
+        (outcome,) = stage.process([row], model)
         match outcome:
             case Failed(error, _):
                 return "failed", error
             case Rejected(reason, _):
                 return "rejected", reason
             case _:
-                assert set(outcome) >= {"num_frames"} or len(outcome["frame_times"]) == 32
+                assert set(stage.adds.names) <= set(outcome), f"{stage.name} left columns out"
+                pa.Table.from_pylist([outcome], stage.adds)  # as the commit will
     return "kept", ""
 
 
@@ -164,9 +161,7 @@ def fuzz(
             name, data = mutated(list(videos), seed, number)
             path = Path(folder, name)
             path.write_bytes(data)
-            rng = Random(f"{seed}:{number}:part")
-            start = rng.choice((None, None, 0.0, 0.5, rng.uniform(0, 10)))
-            end = None if start is None or rng.random() < 0.5 else start + rng.uniform(0.1, 5)
+            start, end = part_of(seed, number)
             if worker is None or worker.files >= FILES_A_WORKER or not worker.process.is_alive():
                 if worker:
                     worker.close()
@@ -202,9 +197,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
     parser.add_argument("--keep", type=Path, help="where files go that broke something")
+    parser.add_argument("--run", action="store_true", help="as a run does it, workers and commits")
     options = parser.parse_args()
     videos = sorted(VIDEOS.iterdir())
     numbers = range(options.first, options.first + options.files)
+    if options.run:
+        with tempfile.TemporaryDirectory() as folder:
+            found, said = fuzz_run(videos, options.seed, numbers, Path(folder))
+        print(*said, f"{found.total()} of {len(numbers)}: {dict(found.most_common())}", sep="\n")
+        sys.exit(1 if found.total() != len(numbers) or found["pending"] else 0)
     report = fuzz(videos, options.seed, numbers, options.keep)
     print(report)
     sys.exit(1 if report.unaccounted or report.hangs or report.raised else 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fuzz import fuzz
+from fuzz_run import fuzz_run
 from mutations import KINDS, boxes, elements, mutated
 
 SMALL = 400_000
@@ -26,6 +27,20 @@ def test_every_damaged_video_is_accounted_for(videos: list[Path]) -> None:
     assert report.kept >= 5 and report.failed.total() >= 20, str(report)
     assert len(report.failed) >= 4, str(report)
     assert report.peak[0] < 1 << 30
+
+
+def test_a_run_with_supervised_workers_accounts_for_them_too(
+    videos: list[Path], tmp_path: Path
+) -> None:
+    found, said = fuzz_run(videos, 7, range(16), tmp_path)
+    assert found.total() == 16 and not found["pending"], said
+    assert found["kept"] >= 1
+    alone = fuzz(videos, 7, range(16))
+    assert found["kept"] == alone.kept
+    # An empty file has the same name whoever finds it.
+    assert {k: n for k, n in found.items() if n and k not in ("kept", "rejected", "pending")} == (
+        dict(alone.failed)
+    )
 
 
 def misbehave(path: Path, start: float | None, end: float | None) -> tuple[str, str]:

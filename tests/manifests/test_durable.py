@@ -15,7 +15,7 @@ import pytest
 from manifests import durable
 from manifests.faults import halts, unusable
 from manifests.log import Counts, Log
-from manifests.shards import LatentSpec, write_index
+from manifests.shards import INDEX, LatentSpec, write_index
 from manifests.store import Store, StoreError, StoreUnusable
 
 TABLE = pa.table({"clip_id": ["a", "b"], "blob": pa.array([os.urandom(1 << 20)] * 2)})
@@ -84,11 +84,12 @@ def test_a_full_disk_stops_creates_puts_and_the_index(small_disk: Path) -> None:
     store.put("state", b"old")
     fill(small_disk)
     before = store.find("")
+    rows = INDEX.empty_table()
     spec = LatentSpec("v", "AutoencoderKL", "", "f", False, 1, 1, 8, [0.0], [1.0])
     for attempt in (
         lambda: store.create("a/commit", b"x" * 9000),
         lambda: store.put("state", b"x" * 9000),
-        lambda: write_index(f"{store.url}/index/t.parquet", store.url, [], spec, {}),
+        lambda: write_index(f"{store.url}/index/t.parquet", store.url, [rows], spec, {}),
     ):
         with pytest.raises(StoreUnusable, match="the disk is full"):
             attempt()

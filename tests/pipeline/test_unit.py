@@ -259,6 +259,17 @@ def test_large_units_are_committed_in_parts(
     assert [c.counts.pending for c in commits] == [5, 1, 0]
 
 
+def test_slow_work_is_committed_from_time_to_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pipeline(tmp_path, ["word"] * 6, [Length], {"length": {"batch_size": 2}})
+    scan(made.store, made.config.source, 6)
+    monkeypatch.setattr(unit, "COMMIT_SECONDS", 0.0)
+    go(made)
+    log = made.dag.log(made.store, "length")
+    assert [[c.rows for c in log.commits(name)] for name in log.units()] == [[2, 2, 2]]
+
+
 def test_two_workers_on_one_unit_leave_each_row_once(tmp_path: Path) -> None:
     made = pipeline(tmp_path, ["a", "b", "c"], [Length])
     scan(made.store, made.config.source)

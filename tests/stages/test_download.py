@@ -66,7 +66,12 @@ def media(context: Context, outcome: object) -> bytes:
 def test_a_local_file_is_hashed_where_it_lies(folders: Context, name: str) -> None:
     file = Path(folders.root, name)
     file.write_bytes(name.encode())
-    expected = {"path": str(file), "content": sha(name.encode()), "bytes": len(name.encode())}
+    expected = {
+        "path": str(file),
+        "content": sha(name.encode()),
+        "bytes": len(name.encode()),
+        "state": f"{len(name.encode())}-{file.stat().st_mtime_ns}",
+    }
     assert download(folders, name, str(file), f"file://{file}", f"./{name}") == [expected] * 4
     assert not Path(folders.workdir, "media").exists()
 

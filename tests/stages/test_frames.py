@@ -18,10 +18,10 @@ from numbered import ENCRYPTION, make, number, numbers
 
 import stages.video
 from stages.base import Context, Sampling
+from stages.files import local_path
 from stages.frames import (
     TooShort,
     VideoError,
-    local_path,
     picks,
     read_clip,
     sample_few,
@@ -409,6 +409,27 @@ def test_few_frames_for_scoring(tmp_path: Path) -> None:
     # In a clip shorter than the gap, the last frame is compared.
     tiny = sample_few(path, 2, 64, 2.0, 2.12, gap=0.2)
     assert (numbers(tiny.frames), numbers(tiny.later)) == ([50, 50], [52, 52])
+
+
+def test_the_size_may_change_within_a_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.h264"
+    with path.open("wb") as file:
+        for width in (64, 128):
+            encoder = av.CodecContext.create("libx264", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, 64, "yuv420p"
+            encoder.time_base, encoder.framerate = Fraction(1, 25), Fraction(25)
+            for index in range(50):
+                frame = av.VideoFrame(width, 64, "yuv420p")
+                for plane, value in zip(frame.planes, (200, 128, 128), strict=True):
+                    plane.update(bytes([value]) * plane.buffer_size)
+                frame.pts = index
+                file.write(b"".join(bytes(packet) for packet in encoder.encode(frame)))
+            file.write(b"".join(bytes(packet) for packet in encoder.encode(None)))
+    few = sample_few(str(path), 4, 64)
+    assert few.frames.shape == few.later.shape == (4, 64, 64, 3)
+    first, second, third, last = few.frames.mean(axis=(1, 2, 3))
+    assert first == second and third == last == pytest.approx(first / 2, abs=8), "on black"
+    assert len(read_clip(str(path), Sampling(fps=25, frames=100, size=64)).frames) == 100
 
 
 def real(shared: Path, ok: str) -> list[dict[str, Any]]:
