@@ -10,6 +10,7 @@ from typing import Any
 
 from manifests.log import standing
 from pipeline import config, dag, plan, query
+from pipeline.audit import audit
 from pipeline.dag import Pipeline
 
 SKIPPED = {"attempts", "origin"}  # how often and where: the rest must be the same
@@ -54,9 +55,10 @@ def committed(made: Pipeline, stage: str) -> list[dict[str, Any]]:
 def wrong(file: Path) -> list[str]:
     """What does not hold in the workdir, in sentences; nothing must be wrong at any time."""
     made = opened(file)
-    found = _damaged(made)
-    if found:
-        return found
+    damaged = _damaged(made)
+    found = [f"audit: {f.stage}: {f.what}: {f.ids}" for f in audit(made).findings.values()]
+    if damaged:
+        return damaged + found
     above: dict[str, int] = {}
     for name, counts in plan.status(made).items():
         sums = sum(counts.rejected.values()) + sum(counts.failed.values())
