@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer, tally
 
 MIN_UNIT, MAX_UNIT = 4, 8192
 SCANS = "source/scans"
+BEGUN = "begun-"
 _ROWS = 1 << 16  # rows that are judged and spilled at once
 
 
@@ -95,10 +97,15 @@ def source_signature(settings: SourceSettings) -> str:
 
 def scans(store: Store) -> list[Scan]:
     """Every scan so far, in order. Raises StoreError for a damaged record."""
-    found = []
+    found: list[Scan] = []
     for name in store.find(SCANS):
         if not name.endswith(".json"):
             continue  # what a crash left of a record that was being written
+        if not name.endswith(f"/{len(found):06d}.json"):
+            raise StoreError(
+                f"{store.path(SCANS)} has no record {len(found):06d}: "
+                "`vidpipe verify --repair` has the source read anew"
+            )
         try:
             found.append(Scan(**json.loads(store.read(name))))
         except (ValueError, TypeError) as error:
@@ -133,15 +140,26 @@ def scan(
     """
     now = source_signature(settings)
     while True:
+        broken_off = _begun(store)
         before = scans(store)
-        if before and before[-1].signature == now and not anew and not _stale(store, before[-1]):
+        same = bool(before) and before[-1].signature == now and not broken_off
+        if same and not anew and not _stale(store, before[-1]):
             return Scan(now, before[-1].rows, 0, 0, 0, secrets=before[-1].secrets)
         units = {unit for scan in before for unit in scan.units}
+        mark = f"{SCANS}/{BEGUN}{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory(prefix="vidpipe-scan-") as folder:
-            done = _scan(store, settings, now, units, size, progress, Path(folder))
+            done = _scan(store, settings, now, units, size, progress, Path(folder), mark)
         record = json.dumps(asdict(done)).encode()
         if store.create(f"{SCANS}/{len(before):06d}.json", record):
+            for name in (*broken_off, mark):
+                store.delete(name)
             return done
+
+
+def _begun(store: Store) -> list[str]:
+    """The marks of scans that have begun to change rows of the pool and have no record yet: under
+    way, or broken off, and then what they changed may be true of no table any more."""
+    return [name for name in store.find(SCANS) if name.startswith(f"{SCANS}/{BEGUN}")]
 
 
 def _stale(store: Store, last: Scan) -> bool:
@@ -157,6 +175,7 @@ def _scan(
     size: int | None,
     progress: Callable[[int], None],
     folder: Path,
+    mark: str,
 ) -> Scan:
     """Commits what the source has and the pool of `units` has not; says what that was."""
     schema = pa.schema([*OUTCOME, *source_layer(extras_schema(settings)).adds])
@@ -180,8 +199,10 @@ def _scan(
             # Numbered, so that units sort as the source does; named by what is in them, so that one
             # of that name from a scan that broke off, or from another driver, is this very unit.
             made.append(f"{len(units) + len(made):06d}-{_content(batch)}")
-            if not log.commits(made[-1]):
+            if not standing(log.commits(made[-1])):
                 _commit(log, made[-1], batch)
+        if changes.rows:
+            store.create(mark, b"")
         for bucket in changes.buckets():
             for unit in pc.unique(bucket.column("unit")).to_pylist():
                 own = bucket.filter(pc.equal(bucket.column("unit"), unit))
@@ -361,5 +382,5 @@ def _commit(log: Log, unit: str, rows: pa.Table) -> None:
         counts = tally(array(state, "outcome"), array(state, "reason"))
         if log.append(unit, len(commits), "", counts, rows) is not None:
             return
-        if not commits:
+        if not standing(commits):
             return  # another driver took in the same new rows: the unit's name says so

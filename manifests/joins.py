@@ -46,8 +46,9 @@ def scattered(at: pa.Array, rows: int) -> pa.Int64Array:
 def current(tables: Sequence[pa.Table]) -> pa.Table:
     """The last row of each clip over the tables of the source, less those that are absent.
 
-    Tables that have none are left out: a column of the user's table may have had another type
-    before, and then no row of that time is current, since its key holds the type.
+    Tables that have none are left out, and nulls take the type of the newest table: a column of the
+    user's may have had another type before, and then no value of that time is current, since the
+    row's key holds it.
     """
     if not tables:
         return pa.schema([*OUTCOME, *PLACE_FIELDS]).empty_table()
@@ -65,10 +66,21 @@ def current(tables: Sequence[pa.Table]) -> pa.Table:
         own = here[first : first + table.num_rows]
         first += table.num_rows
         if own.any():
-            parts.append(table if own.all() else table.filter(pa.array(own)))
+            part = table if own.all() else table.filter(pa.array(own))
+            parts.append(_retyped(part, tables[-1].schema))
     if not parts:
         return tables[-1].slice(0, 0)
     return pa.concat_tables(parts, promote_options="permissive").unify_dictionaries()
+
+
+def _retyped(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with its columns of nothing but nulls in the types of `schema`."""
+    for i, field in enumerate(table.schema):
+        wanted = schema.get_field_index(field.name)
+        if wanted >= 0 and table.column(i).null_count == len(table):
+            nulls = pa.nulls(len(table), schema.types[wanted])
+            table = table.set_column(i, schema.field(wanted), nulls)
+    return table
 
 
 def named(state: pa.Table) -> tuple[pa.Array, pa.Array]:

@@ -150,6 +150,7 @@ class Log:
         A snapshot has the last word on the numbers that it covers: of what stands under those
         outside of it, it holds a copy, or it is by somebody who came after it and saw nothing.
         """
+        fresh = history is None
         if history is None:
             listed = self.store.find(f"{self.prefix}/{unit}")
             old = self._snapshot().get(unit)
@@ -159,7 +160,15 @@ class Log:
         for name in history.loose:
             if int(name[-11:-5]) >= covered:
                 commits.append(self._commit(name))
-        return commits
+        gap = next((n for n, commit in enumerate(commits) if commit.seq != n), None)
+        if gap is None:
+            return commits
+        if not fresh:  # a listing made in pages beside a run may lack one that the next one has
+            return self.commits(unit)
+        raise StoreError(
+            f"{self.store.path(self.prefix)}/{unit} has no commit {gap:06d}: "
+            "`vidpipe verify --repair` fills its place"
+        )
 
     def compact(self) -> int:
         """Writes a snapshot where many commits stand outside of the last; returns how many it
@@ -167,6 +176,9 @@ class Log:
 
         A crash in here, or somebody else's snapshot of the same number, costs nothing.
         """
+        # Numbered before anything is listed: of two who compact at once, one has the number, and
+        # no snapshot ever knows less than the one before it.
+        name = self.next_snapshot()
         lines, total, loose = [], 0, 0
         for unit, history in sorted(self.units().items()):
             commits = self.commits(unit, history)
@@ -176,7 +188,7 @@ class Log:
             lines.append(line_of(unit, commits))
         if loose < max(_LOOSE_COMMITS, total // 4):
             return 0
-        self.store.create(self.next_snapshot(), "\n".join(lines).encode())
+        self.store.create(name, "\n".join(lines).encode())
         return total
 
     def next_snapshot(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ class Store:
             durable.sync_folder(path.parent)
         return True
 
-    def _create_remote(self, name: str, data: bytes) -> bool:
+    def _create_remote(self, name: str, data: bytes, tries: int = 4) -> bool:
         try:
             self.fs.pipe_file(self.path(name), data, mode="create")
         except (TypeError, NotImplementedError, ValueError) as error:
@@ -86,6 +87,9 @@ class Store:
             try:
                 return self._is_ours(name, data)
             except FileNotFoundError:
+                if tries > 1:  # S3 answers 409 where two ask at once: then neither may have it
+                    time.sleep(0.2)
+                    return self._create_remote(name, data, tries - 1)
                 raise unusable(error, "write", self._place(name)) from error
         return True
 

@@ -143,7 +143,8 @@ class UnitView:
         """The last commit that was made from the present inputs: its counts hold now."""
         commits = self.commits(name)
         if name == SOURCE_LAYER:
-            return commits[-1] if commits else None
+            # One that names inputs only fills the place of another: its counts are none.
+            return commits[-1] if commits and not commits[-1].inputs else None
         state = self.inputs_state(name)
         for commit in reversed(commits):
             if commit.inputs == state:
@@ -295,10 +296,12 @@ class UnitView:
             inputs = pa.table({c: taken(self._column(c), at) for c in layer.reads} or {"": at})
             return row_keys(inputs, layer.reads)
 
-        # What is upstream decides them: the stages after this one need not hash it all again.
-        split = [n for n in self._settled if self.dag.layers[n].splits]
-        state = (self.unit, self.inputs_state(name), *split)
-        return self.store.recall(("keys", name, layer.fingerprint, *state), find)
+        # What is upstream decides them: the stages after this one need not hash it all again. Only
+        # a split beside it, which makes other rows of the view, is not upstream.
+        if any(self.dag.layers[n].splits for n in self._settled):
+            return find()
+        key = ("keys", name, layer.fingerprint, self.unit, self.inputs_state(name))
+        return self.store.recall(key, find)
 
     def _split(self, name: str, rows: pa.Array, match: pa.Array, state: pa.Table) -> None:
         """Replaces each row that was split by its parts, in the table and in all that is settled;

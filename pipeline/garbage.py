@@ -136,7 +136,8 @@ def _of_log(log: Log, before: float) -> Iterator[Found]:
     if aged:
         # Who listed the workdir before a young snapshot was made may still read what it holds.
         lines, _ = snapshot_lines(log.store, aged[-1])
-        covered = {unit: len(commits) for unit, commits in lines.items()}
+        last, _ = snapshot_lines(log.store, snapshots[-1])
+        covered = {unit: min(len(own), len(last.get(unit, ()))) for unit, own in lines.items()}
     kinds = {kind: Found(kind) for kind in (DATA, PARTS, COMMITS, OLD_SNAPSHOTS, ASIDE)}
     for name, info in old.items():
         commit = _COMMIT.fullmatch(name)

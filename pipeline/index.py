@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +18,6 @@ from pipeline.dag import Pipeline
 from pipeline.plan import views
 
 INDEX_NAME = "index/train.parquet"
-_STATE = "index/state.json"
 
 
 def path(pipeline: Pipeline) -> str:
@@ -37,7 +36,7 @@ def refresh(pipeline: Pipeline) -> int | None:
         return None
     column, wanted = caption_column(pipeline), _wanted(pipeline)
     state = _state(pipeline, wanted)
-    if state == _last_state(pipeline) and pipeline.store.find(INDEX_NAME):
+    if state == _last_state(pipeline):
         return None
     tables = (_ready(view, wanted, column) for view in views(pipeline))
     tables = (table for table in tables if len(table))
@@ -46,15 +45,14 @@ def refresh(pipeline: Pipeline) -> int | None:
         pipeline.store.delete(INDEX_NAME)
         return 0
     spec = _spec(pipeline, first.column("shard")[0].as_py())
-    facts = {"caption": column, "stages": {n: pipeline.dag.layers[n].fingerprint for n in wanted}}
-    rows = write_index(path(pipeline), pipeline.config.workdir, chain([first], tables), spec, facts)
-    pipeline.store.put(_STATE, json.dumps(state).encode())
-    return rows
+    stages = {n: pipeline.dag.layers[n].fingerprint for n in wanted}
+    facts = {"caption": column, "stages": stages, "state": state}
+    return write_index(path(pipeline), pipeline.config.workdir, chain([first], tables), spec, facts)
 
 
 def up_to_date(pipeline: Pipeline) -> bool:
     """Whether there is an index, and nothing that it is made of has changed since."""
-    if "encode" not in pipeline.stages or not pipeline.store.find(INDEX_NAME):
+    if "encode" not in pipeline.stages:
         return False
     return _state(pipeline, _wanted(pipeline)) == _last_state(pipeline)
 
@@ -92,18 +90,21 @@ def _ready(view: UnitView, wanted: Sequence[str], column: str) -> pa.Table:
 
 
 def _last_state(pipeline: Pipeline) -> str | None:
-    try:
-        return str(json.loads(pipeline.store.read(_STATE)))
-    except FileNotFoundError:
+    """Of what the index was made; None where there is none."""
+    if not pipeline.store.exists(INDEX_NAME):
         return None
+    return str(_facts(pipeline, INDEX_NAME).get("state"))
+
+
+def _facts(pipeline: Pipeline, name: str) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    with pipeline.store.opened(name) as file:
+        return file_facts(pq.read_schema(file))
 
 
 def _spec(pipeline: Pipeline, shard: str) -> LatentSpec:
-    import pyarrow.parquet as pq
-
-    with pipeline.store.fs.open(pipeline.store.path(shard), "rb") as file:
-        facts = file_facts(pq.read_schema(file))
     try:
-        return LatentSpec.from_json(facts["spec"])
+        return LatentSpec.from_json(_facts(pipeline, shard)["spec"])
     except (KeyError, ShardError) as error:
         raise StoreError(f"shard {shard} does not say what its latents are: {error}") from error

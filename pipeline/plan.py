@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from manifests.intake import pool_units
 from manifests.log import Counts
+from manifests.store import StoreError
 from manifests.view import SOURCE_LAYER, UnitView
 from pipeline.dag import Pipeline
 from pipeline.unit import Retry
@@ -50,11 +51,18 @@ def views(pipeline: Pipeline) -> Iterator[UnitView]:
     Stages are listed from the last to the first, so that what a stage has committed is seen only
     together with all that it was made from: the account adds up while a run is going on.
     """
+    pool = pool_units(pipeline.store)  # before the listing, which then has all of them
     listed = {
         name: pipeline.dag.log(pipeline.store, name).units()
         for name in reversed(list(pipeline.dag.layers))
     }
-    for unit in sorted(pool_units(pipeline.store) & listed[SOURCE_LAYER].keys()):
+    gone = sorted(pool - listed[SOURCE_LAYER].keys())
+    if gone:
+        raise StoreError(
+            f"{len(gone)} units that were taken in have no rows any more (the first: {gone[0]}): "
+            "`vidpipe verify --repair` has the source read anew"
+        )
+    for unit in sorted(pool):
         histories = {name: units[unit] for name, units in listed.items() if unit in units}
         yield UnitView(pipeline.store, pipeline.dag, unit, histories)
 
@@ -80,7 +88,7 @@ def worth_retry(pipeline: Pipeline, totals: Mapping[str, Counts]) -> dict[str, i
 def plan(pipeline: Pipeline, stages: Sequence[str], retry: Retry = Retry()) -> Plan:
     """What `stages` (in topological order) have to do."""
     plans = {name: StagePlan(name) for name in stages}
-    unit_rows = 0
+    unit_rows = 1
     for view in views(pipeline):
         unit_rows = max(unit_rows, view.counts(SOURCE_LAYER).total)
         open_above: set[str] = set()

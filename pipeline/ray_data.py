@@ -24,6 +24,7 @@ import ray.data
 from ray.autoscaler.sdk import request_resources
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.metrics import Counter
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manifests.log import Counts
 from manifests.store import StoreUnusable
@@ -45,8 +46,7 @@ TASK_RETRIES, WORKER_RESTARTS = 2, 3
 # Only names of units pass through the object store.
 OBJECT_STORE_BYTES = 128 << 20
 POLL_SECONDS = 0.5
-# Where models are at work units travel in parts of about so many rows: enough of them to keep every
-# GPU at work to the end, and to lose little with one.
+# Where models are at work units travel in parts of about so many rows, enough to keep all at work.
 PART_ROWS = 256
 # Units or parts that each worker gets at least, where there are enough: the last ones end together.
 ROUNDS = 4
@@ -141,8 +141,7 @@ def run(
                 if explain:
                     report.note(_spread(number, part, workers))
                 wanted = {unit for name in part.stages for unit in plan.stages[name].units}
-                own = [workers[name] for name in part.stages]
-                cut = _cut(own, len(wanted), parts)
+                cut = _cut([workers[name] for name in part.stages], len(wanted), parts)
                 work = [
                     (unit, number, cut)
                     for unit in plan.units
@@ -159,7 +158,7 @@ def run(
 
 def _cut(workers: Sequence[Workers], units: int, parts: int) -> int:
     """Into how many parts units are cut: as many as they have where a model is at work, and else
-    only so that no worker is without one, since reading and committing have their price."""
+    only so that no worker is without one: reading and committing have their price."""
     if any(each.actor for each in workers):
         return parts
     return min(parts, -(-ROUNDS * max(each.count for each in workers) // units))
@@ -309,7 +308,9 @@ def _actor(job: Job, isolate: bool, tally: Any) -> type[Any]:
 def _tally(report: Reporter) -> Iterator[Any]:
     """An actor that workers tell their events, and a thread that hands these to `report`, and
     the wish to stop to the workers."""
-    tally = ray.remote(Tally).options(num_cpus=0, name=None).remote()
+    # With the driver: a worker's node may be lost at any time.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    tally = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
     over = threading.Event()
 
     def show() -> None:

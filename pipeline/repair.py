@@ -32,18 +32,25 @@ def repair(pipeline: Pipeline, damages: Iterable[Damage]) -> None:
     by_stage: dict[str, list[Damage]] = {}
     for damage in damages:
         by_stage.setdefault(damage.stage, []).append(damage)
+    for damage in by_stage.get(SOURCE_LAYER, ()):
+        if damage.kind == SCAN:
+            _mend_scan(store, damage.file)
+    if SOURCE_LAYER in by_stage:
+        _read_anew(store)  # first: whatever breaks off after it, the next scan looks at all rows
     for stage, own in by_stage.items():
-        for damage in own:
-            if damage.kind == SCAN:
-                _mend_scan(store, damage.file)
         log = pipeline.dag.log(store, stage)
         snapshots = [damage.file for damage in own if damage.kind == SNAPSHOT]
         if snapshots:
             _mend_snapshots(log, snapshots)
-        _mend_commits(log, [d for d in own if d.kind in (COMMIT, SNAPSHOT)])
-        _void(log, [d for d in own if d.kind in (DATA, MEDIUM)])
-    if SOURCE_LAYER in by_stage:
-        _read_anew(store)
+        voids = _mend_commits(log, [d for d in own if d.kind in (COMMIT, SNAPSHOT)])
+        for damage in own:
+            if damage.kind in (DATA, MEDIUM):
+                voids.setdefault(damage.unit, {}).update(dict.fromkeys(damage.attempts))
+            if damage.kind == MEDIUM:
+                # Put aside, or the next download would find it there and take it for whole.
+                _put_aside(store, damage.file)
+        for unit, attempts in sorted(voids.items()):
+            _append_void(log, unit, list(attempts))
 
 
 def _mend_snapshots(log: Log, names: list[str]) -> None:
@@ -61,8 +68,9 @@ def _mend_snapshots(log: Log, names: list[str]) -> None:
             _put_aside(log.store, name)
 
 
-def _mend_commits(log: Log, damages: list[Damage]) -> None:
-    """Fills the numbers of commits that can't be read, and lets the unit be looked at again."""
+def _mend_commits(log: Log, damages: list[Damage]) -> dict[str, dict[str, None]]:
+    """Fills the numbers of commits that can't be read; returns the units that are to be looked at
+    again, each with what is void in it."""
     units = set()
     for damage in damages:
         if damage.kind == COMMIT:
@@ -73,23 +81,11 @@ def _mend_commits(log: Log, damages: list[Damage]) -> None:
     if any(damage.kind == SNAPSHOT for damage in damages):
         every = read_log(log).commits.items()
         units |= {u for u, own in every if any(UNKNOWN in c.voids for c in own.values())}
-    for unit in sorted(units):
-        _append_void(log, unit, [UNKNOWN])
+    return {unit: {UNKNOWN: None} for unit in units}
 
 
 def _placeholder(number: int) -> Commit:
-    return Commit(number, uuid.uuid4().hex[:12], "", Counts(), voids=[UNKNOWN])
-
-
-def _void(log: Log, damages: list[Damage]) -> None:
-    units: dict[str, dict[str, None]] = {}
-    for damage in damages:
-        units.setdefault(damage.unit, {}).update(dict.fromkeys(damage.attempts))
-        if damage.kind == MEDIUM:
-            # Put aside, or the next download would find it there and take it for whole.
-            _put_aside(log.store, damage.file)
-    for unit, attempts in units.items():
-        _append_void(log, unit, list(attempts))
+    return Commit(number, uuid.uuid4().hex[:12], UNKNOWN, Counts(), voids=[UNKNOWN])
 
 
 def _append_void(log: Log, unit: str, attempts: list[str]) -> None:

@@ -128,7 +128,13 @@ def run_unit(
                 tries = pa.array([verdict.attempts for verdict in verdicts])
             else:
                 watch.begin(ids)
-                outcomes = stage.process_table(_picked(rows, batch), loaded)
+                try:
+                    outcomes = stage.process_table(_picked(rows, batch), loaded)
+                except Exception:
+                    if done:  # the batches before it are sound
+                        _commit(view, stage, loaded, done, receipt.seconds)
+                        watch.committed()
+                    raise
             clock.lap("process")
             attempts = pc.add(own.column("attempts"), tries).cast(pa.int32())
             new = settle(stage, own.set_column(2, "attempts", attempts), outcomes)
@@ -286,6 +292,11 @@ def _commit(
     schema = pa.schema([*OUTCOME, *stage.adds])
     new = pa.concat_tables(done) if done else schema.empty_table()
     while True:
+        if len(new) and view.commits(name):
+            # What others have settled since this unit was read: a view sees the present.
+            new = new.filter(view.untried(name, new))
+        if done and not len(new) and view.current(name) is not None:
+            return view
         facts = redacted({"stage": stage.identity(), **stage.metadata(model)}) if len(new) else {}
         log = view.dag.log(view.store, name)
         if log.append(
@@ -298,9 +309,7 @@ def _commit(
         ):
             return UnitView(view.store, view.dag, view.unit)
         view = UnitView(view.store, view.dag, view.unit)
-        new = new.filter(view.untried(name, new))
-        if not len(new) and view.current(name) is not None:
-            return view
+        done = done or [new]
 
 
 class _Clock:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from manifests.faults import StoreError
-from manifests.intake import SCANS, Scan
+from manifests.intake import SCANS, Scan, pool_units
 from manifests.log import SNAPSHOTS, Commit, Log, standing
 from manifests.schema import KEPT
 from manifests.store import Store
@@ -83,6 +83,8 @@ def verify(
     for name in names:
         log = pipeline.dag.log(pipeline.store, name)
         salvage = read_log(log)
+        if name == SOURCE_LAYER:
+            salvage.damages += _gone(log, salvage)
         yield from salvage.damages
         # Listed after the commits were read: what they name must be there by now.
         sizes = {file: info.size for file, info in pipeline.store.listing(log.prefix).items()}
@@ -92,6 +94,17 @@ def verify(
         if name == "download":
             yield from _media(log, salvage, quick, seen)
             progress(name, seen)
+
+
+def _gone(log: Log, salvage: Salvage) -> Iterator[Damage]:
+    """Units that a scan took in and of which nothing is left."""
+    try:
+        pool = pool_units(log.store)
+    except StoreError:
+        return  # a record that can't be read is told by itself
+    for unit in sorted(pool - salvage.commits.keys()):
+        name = f"{log.prefix}/{unit}/000000.json"
+        yield Damage(COMMIT, log.stage, unit, name, "missing, with all of its unit")
 
 
 @dataclass(frozen=True)

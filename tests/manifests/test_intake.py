@@ -128,3 +128,56 @@ def test_whole_columns_are_read_as_their_rows_are(
         rows = [row.extras[field.name] for row in read(settings)]
         assert str(array(table, field.name).to_pylist()) == str(rows), field.name
         assert table.schema.field(field.name).type == field.type
+
+
+@pytest.mark.parametrize("dies_at", ["the record", "the second change"])
+def test_a_scan_that_breaks_off_amid_changes_is_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
+) -> None:
+    """Another table is read, the process dies, and the table is the old one again: the same
+    signature as the last record's, over rows that are marked as gone."""
+    store = Store(str(tmp_path / "work"))
+    right, wrong = tmp_path / "right.jsonl", tmp_path / "wrong.jsonl"
+    right.write_text("".join(f'{{"path": "{i}.mp4"}}\n' for i in range(8)))
+    wrong.write_text('{"path": "other.mp4"}\n')
+    good = SourceSettings(kind="jsonl", path=str(right))
+    scan(store, good, 4)
+    create, commit = Store.create, intake._commit
+    changes: list[str] = []
+
+    def no_record(self: Store, name: str, data: bytes) -> bool:
+        if name.startswith(intake.SCANS) and name.endswith(".json"):
+            raise KeyboardInterrupt
+        return create(self, name, data)
+
+    def second(log: Any, unit: str, rows: pa.Table) -> None:
+        changes.append(unit)
+        if len(changes) == 3:  # the new unit, one of the old ones
+            raise KeyboardInterrupt
+        commit(log, unit, rows)
+
+    with monkeypatch.context() as patch:
+        if dies_at == "the record":
+            patch.setattr(Store, "create", no_record)
+        else:
+            patch.setattr(intake, "_commit", second)
+        with pytest.raises(KeyboardInterrupt):
+            scan(store, SourceSettings(kind="jsonl", path=str(wrong)), 4)
+    assert len(taken_in(store, good)) < 8
+    scan(store, good, 4)
+    assert len(taken_in(store, good)) == 8
+    assert not intake._begun(store), "the mark is gone"
+    assert scan(store, good, 4).changed == 0
+
+
+def test_a_column_of_nulls_may_get_a_type(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "work"))
+    path = tmp_path / "clips.jsonl"
+    settings = SourceSettings(kind="jsonl", path=str(path))
+    for scores in (["1", "2", "null", "null"], ['"a"', '"b"', "null", "null"], ["1.5", "null"]):
+        rows = [f'{{"path": "{i}.mp4", "score": {score}}}\n' for i, score in enumerate(scores)]
+        path.write_text("".join(rows))
+        scan(store, settings, 4)
+        found = taken_in(store, settings)
+        wanted = {f"{i}.mp4": json.loads(score) for i, score in enumerate(scores)}
+        assert {f["uri"]: f["source_score"] for f in found.values()} == wanted

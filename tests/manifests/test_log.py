@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from manifests import log as logs
-from manifests.log import Commit, Counts, Log, standing
+from manifests.log import Commit, Counts, History, Log, standing
 from manifests.store import Store, StoreError
 
 TABLE = pa.table({"clip_id": ["a", "b"], "n": [1, 2], "blob": pa.array([b"x" * 9, b"y"])})
@@ -102,6 +102,44 @@ def test_a_latecomer_changes_nothing_that_a_snapshot_holds(store: Store, eager: 
     assert late is not None, "it believes that it won"
     assert log.commits("u1") == commits
     assert log.append("u1", 2, "s", Counts(1, 1), TABLE) is not None
+
+
+def test_of_two_who_compact_at_once_the_one_who_knows_less_leaves_no_snapshot(
+    store: Store, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Log(store, "probe", "f00")
+    for n in range(2):
+        log.append("u1", n, "s", Counts(1, 1), TABLE)
+    slow = Log(Store(store.url), "probe", "f00")
+    units = slow.units
+
+    def overtaken() -> dict[str, History]:
+        listed = units()
+        monkeypatch.undo()
+        log.append("u1", 2, "s", Counts(1, 1), TABLE)
+        monkeypatch.setattr(logs, "_LOOSE_COMMITS", 2)
+        assert log.compact() == 3
+        return listed
+
+    monkeypatch.setattr(slow, "units", overtaken)
+    slow.compact()
+    assert len(log.snapshots()) == 1
+    for name in store.find("probe/f00/u1"):
+        if name.endswith(".json"):
+            store.delete(name)
+    assert [c.seq for c in Log(Store(store.url), "probe", "f00").commits("u1")] == [0, 1, 2]
+
+
+def test_a_gap_is_named(store: Store) -> None:
+    log = Log(store, "probe", "f00")
+    for n in range(3):
+        log.append("u1", n, "s", Counts(1, 1), TABLE)
+    history = log.units()["u1"]
+    missed = History(None, history.loose[:1] + history.loose[2:], history.files)
+    assert [c.seq for c in log.commits("u1", missed)] == [0, 1, 2], "listed once more"
+    store.delete("probe/f00/u1/000001.json")
+    with pytest.raises(StoreError, match=r"has no commit 000001: .*verify --repair"):
+        log.commits("u1")
 
 
 def test_a_damaged_snapshot_is_named(store: Store, eager: None) -> None:

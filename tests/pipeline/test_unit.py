@@ -20,9 +20,11 @@ from pipeline import plan as planning
 from pipeline.account import account, summary
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
+from pipeline.repair import repair
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry, run_unit
+from pipeline.verify import verify
 from stages.base import Failed, Outcome, Rejected, Row
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
@@ -483,3 +485,85 @@ def test_parts_of_a_unit_are_settled_side_by_side(tmp_path: Path) -> None:
     commits = made.dag.log(made.store, "length").commits(name)
     assert [c.counts.pending for c in commits][-1] == 0
     assert planning.status(made)["length"] == Counts(24, 12, {"empty": 8}, {"bad_caption": 4})
+
+
+def test_what_another_driver_settled_between_two_commits_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unit, "COMMIT_SECONDS", 0.0)
+    made = pipeline(tmp_path, ["word"] * 8, [Length], {"length": {"batch_size": 2}})
+    scan(made.store, made.config.source, 8)
+    (name,) = made.dag.log(made.store, "source").units()
+    other = made.stages["length"]
+
+    class Overtaken(Length):
+        """After its first commit another driver settles all that is left."""
+
+        calls = 0
+
+        def process(self, rows: list[Row], model: None) -> list[Outcome]:
+            Overtaken.calls += 1
+            if Overtaken.calls == 2:
+                run_unit(made.store, made.dag, other, other.setup, name)
+            return super().process(rows, model)
+
+    slow = Overtaken(other.settings, other.context)
+    assert run_unit(made.store, made.dag, slow, slow.setup, name).error is None
+    log = made.dag.log(made.store, "length")
+    assert sum(c.rows for c in log.commits(name)) == 8, "a clip stands twice"
+    assert planning.status(made)["length"] == Counts(8, 8)
+
+
+def test_batches_before_a_fault_are_kept(tmp_path: Path) -> None:
+    captions = ["word"] * 5 + ["crash"]
+    made = pipeline(tmp_path, captions, [Length], {"length": {"batch_size": 2}})
+    scan(made.store, made.config.source, 6)
+    result = run(made, (), Retry(), Reporter())
+    assert "ZeroDivisionError" in (result.faults[0].error or "")
+    assert result.status["length"] == Counts(6, 4, pending=2)
+
+
+def test_a_split_that_changes_beside_a_stage_leaves_its_keys_alone(tmp_path: Path) -> None:
+    stages = [Length, Words, Echo, Limit, Shout]
+    made = pipeline(tmp_path, ["a red cat", "two words"], stages)
+    go(made)
+    (tmp_path / "clips.jsonl").write_text(
+        '{"path": "0.mp4", "text": "a red cat"}\n{"path": "1.mp4", "text": "three words now"}\n'
+    )
+    _, status = go(made)
+    assert status["echo"] == Counts(6, 6)
+    assert status["shout"] == Counts(2, 2)
+    table = query.select(made, "echo")
+    loud = {r["word"]: r["loud"] for r in table.to_pylist()}
+    assert loud["cat"] == "A RED CAT!" and loud["now"] == "THREE WORDS NOW!"
+
+
+def test_a_unit_of_which_nothing_is_left_is_missed(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    go(made)
+    log = made.dag.log(made.store, "source")
+    unit_ = sorted(log.units())[0]
+    for name in made.store.find(f"{log.prefix}/{unit_}"):
+        made.store.delete(name)
+    with pytest.raises(StoreError, match=rf"{unit_}.*verify --repair"):
+        planning.status(made)
+    damages = list(verify(made))
+    assert [d.unit for d in damages] == [unit_]
+    repair(made, damages)
+    assert list(verify(made)) == []
+    _, status = go(made)
+    assert status["source"] == Counts(6, 6)
+
+
+def test_a_gap_in_a_log_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, CAPTIONS)
+    go(made)
+    go(made, retry=Retry(True, frozenset({"bad_caption"})))
+    log = made.dag.log(made.store, "length")
+    (twice,) = [u for u in log.units() if len(log.commits(u)) == 2]
+    made.store.delete(f"{log.prefix}/{twice}/000000.json")
+    for look in (planning.status, lambda made: run(made, (), Retry(), Reporter())):
+        with pytest.raises(StoreError, match=r"has no commit 000000.*verify --repair"):
+            look(made)
+    repair(made, list(verify(made)))
+    assert go(made)[1]["length"].total == 6
