@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from manifests import watch
+from manifests import local_files
 from manifests.credentials import Credentials
 from manifests.joins import array, current, scattered
 from manifests.ledger import Ledger
@@ -96,7 +96,9 @@ def source_signature(settings: SourceSettings) -> str:
 def scans(store: Store) -> list[Scan]:
     """Every scan so far, in order. Raises StoreError for a damaged record."""
     found = []
-    for name in (n for n in store.find(SCANS) if n.endswith(".json")):
+    for name in store.find(SCANS):
+        if not name.endswith(".json"):
+            continue  # what a crash left of a record that was being written
         try:
             found.append(Scan(**json.loads(store.read(name))))
         except (ValueError, TypeError) as error:
@@ -144,7 +146,7 @@ def scan(
 
 def _stale(store: Store, last: Scan) -> bool:
     """Whether an unchanged table has to be read all the same."""
-    return watch.replaced(store) or (last.secrets > 0 and not Credentials(store.url))
+    return local_files.replaced(store) or (last.secrets > 0 and not Credentials(store.url))
 
 
 def _scan(
@@ -195,7 +197,7 @@ class _Public:
     def __init__(self, store: Store, settings: SourceSettings) -> None:
         self._credentials, self._settings = Credentials(store.url), settings
         self.secrets = 0
-        self.files = watch.Files(store, resolve_root(settings), settings.watch)
+        self.files = local_files.Files(store, resolve_root(settings), settings.watch)
 
     def __iter__(self) -> Iterator[pa.Table]:
         for table in read_tables(self._settings):

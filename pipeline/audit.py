@@ -58,6 +58,7 @@ class _Unit:
     clips: list[_Clip] = field(default_factory=list)
     known: set[str] = field(default_factory=set)  # every id that the source ever had here
     unreadable: bool = False
+    stage: str = SOURCE_LAYER  # that is looked at
 
 
 def audit(
@@ -70,12 +71,12 @@ def audit(
     Raises StoreError where the records of scans can't be read.
     """
     result = Audit({name: Counts() for name in pipeline.dag.layers})
-    fresh = up_to_date(pipeline)
+    fresh = _indexed(pipeline)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vidpipe-audit-")))
         ids = Spill(stack.enter_context(Ledger(folder / "ids", "clip_id", IDS)))
         ready = Spill(stack.enter_context(Ledger(folder / "ready", "clip_id", READY)))
-        newest = 0.0
+        newest, skipped = 0.0, 0
         for number, view in enumerate(views(pipeline), 1):
             unit = _Unit(view)
             try:
@@ -83,7 +84,8 @@ def audit(
                 _audit_unit(pipeline, unit, result, quick)
             except StoreError as error:
                 # What is damaged beyond reading; `vidpipe verify` tells more.
-                result.found(SOURCE_LAYER, f"can't be read: {error}", view.unit)
+                result.found(unit.stage, f"a unit can't be read: {error}", view.unit)
+                skipped += 1
                 continue
             for clip in unit.clips:
                 ids.add({"clip_id": clip.ids[SOURCE_LAYER], "unit": view.unit})
@@ -91,15 +93,27 @@ def audit(
                 ready.add(row)
             progress(number)
         audit_ids(ids, result)
-        audit_scan(pipeline, newest, result)
+        if not skipped:
+            audit_scan(pipeline, newest, result)
         if "encode" in pipeline.stages:
             known = stack.enter_context(Ledger(folder / "index", "clip_id", READY))
-            audit_index(pipeline, ready, known, fresh and up_to_date(pipeline), result)
+            audit_index(pipeline, ready, known, fresh and _indexed(pipeline), result)
     return result
 
 
+def _indexed(pipeline: Pipeline) -> bool:
+    """Whether the index can be compared: it is there, and of the present commits."""
+    try:
+        return up_to_date(pipeline)
+    except StoreError:
+        return False  # told of the unit
+
+
 def _audit_unit(pipeline: Pipeline, unit: _Unit, result: Audit, quick: bool) -> None:
+    for unit.stage in pipeline.dag.layers:
+        unit.view.commits(unit.stage)
     for name, layer in pipeline.dag.layers.items():
+        unit.stage = name
         tables = list(_tables(unit, name, layer, result, quick))
         if name == SOURCE_LAYER:
             counts = _audit_source(unit, tables, result)
@@ -175,8 +189,7 @@ def _audit_source(unit: _Unit, tables: list[tuple[str, pa.Table]], result: Audit
     for row in whole:
         outcome = _outcome(SOURCE_LAYER, row["clip_id"], row["outcome"], row["reason"], result)
         counts.add(outcome, row["reason"])
-        values = {n: v for n, v in row.items() if n not in OUTCOME.names}
-        clip = _Clip({SOURCE_LAYER: row["clip_id"]}, values, {SOURCE_LAYER: row["outcome"]})
+        clip = _Clip({SOURCE_LAYER: row["clip_id"]}, row, {SOURCE_LAYER: row["outcome"]})
         unit.clips.append(clip)
     return counts
 
@@ -203,21 +216,27 @@ def _audit_stage(
         first = rows[0][1] if rows else {"outcome": None, "reason": None}
         settled[own] = (first["outcome"], first["reason"])
         clip.outcomes[layer.name] = first["outcome"] or PENDING
-        parts = [clip] * max(1, len(rows)) if layer.splits else [clip]
-        for part, (number, row) in zip(parts, rows or [(0, {})]):
-            if row.get("outcome") != KEPT:
-                after.append(part)
-                continue
-            added = {n: row[n] for n in layer.adds.names if n in row}
-            ids = {**part.ids, **({layer.name: row["clip_id"]} if layer.splits else {})}
-            place = (file, number) if layer.name == "encode" else part.place
-            after.append(_Clip(ids, {**part.values, **added}, dict(part.outcomes), place))
+        if layer.splits and rows:
+            after += [_part(clip, layer.name, row) for _, row in rows]
+        else:
+            after.append(clip)
+        for part, (number, row) in zip(after[-max(1, len(rows)) :], rows):
+            if row["outcome"] == KEPT:
+                part.values.update((n, row[n]) for n in layer.adds.names if n in row)
+                if layer.name == "encode":
+                    part.place = (file, number)
     unit.clips = after
     counts = Counts()
     for own, (outcome, reason) in settled.items():
         known = None if outcome is None else _outcome(layer.name, own, outcome, reason, result)
         counts.add(known, reason)
     return counts
+
+
+def _part(clip: _Clip, splitter: str, row: dict[str, Any]) -> _Clip:
+    """A part of a clip that was split; of one that was not kept there is but the clip itself."""
+    ids = {**clip.ids, splitter: row["clip_id"]} if row["outcome"] == KEPT else clip.ids
+    return _Clip(ids, dict(clip.values), dict(clip.outcomes), clip.place)
 
 
 def _by_id_and_key(

@@ -61,7 +61,8 @@ def gc(
         ]
         for group in found
     ]
-    click.echo(text_table(["what", "of", "files", "size", ""], rows), nl=False)
+    if rows:
+        click.echo(text_table(["what", "of", "files", "size", ""], rows), nl=False)
     kept = [group for group in found if not group.removed]
     if not found:
         click.echo("nothing to remove", err=True)

@@ -26,8 +26,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from manifests.credentials import Credentials, CredentialsError
+from manifests.local_files import state_of
 from manifests.redact import redact, secrets_of, split_secret
-from manifests.watch import state_of
 from stages.base import (
     Context,
     Failed,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from manifests.watch import state_of
+from manifests.local_files import state_of
 from stages.base import Context, Row
 from stages.video import VideoError
 

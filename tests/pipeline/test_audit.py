@@ -238,6 +238,14 @@ def test_a_shard_cut_short(made: Pipeline, keep: int) -> None:
     ]
 
 
+def test_a_file_that_is_gone(made: Pipeline) -> None:
+    file = data(made, "limit")[0]
+    file.unlink()
+    found = texts(again(made))
+    assert list(found.values()) == [[file.parent.name]]
+    assert next(iter(found)).startswith("limit: a unit can't be read") and file.name in str(found)
+
+
 def test_latents_of_another_length(made: Pipeline) -> None:
     file = with_two(made, "encode")
     row = kept(file)[1]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ from toys import Heavy, Length, Limit, pipeline
 from manifests.shards import Index, read_latents
 from manifests.store import StoreUnusable
 from pipeline import cli, config, dag, index, query
+from pipeline.audit import audit
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
+from pipeline.verify import verify
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
 
@@ -49,6 +54,7 @@ def test_a_run_on_s3_gives_what_one_on_disk_gives(tmp_path: Path, s3: Proxy, run
     assert not result.faults
     assert result.status == expected.status
     assert query.select(there, None).equals(query.select(here, None))
+    assert not audit(there).findings and not list(verify(there))
     before = there.store.find("")
     assert not run(there, (), Retry(), Reporter()).ran
     assert there.store.find("") == before
@@ -103,6 +109,8 @@ def test_real_videos_are_encoded_into_s3(tmp_path: Path, s3: Proxy, shared_data:
         made = dag.build(config.load(str(file), (f"run.runner={runner}",)))
         result = run(made, (), Retry(), Reporter())
         assert not result.faults and result.status["encode"].kept == 2
+        proved = audit(made)
+        assert not proved.findings and proved.indexed == 2
         opened.append(Index.open(index.path(made)))
     there, here = opened
     for mine, own in zip(*(i.table.sort_by("clip_id").to_pylist() for i in opened), strict=True):
@@ -133,6 +141,27 @@ def test_a_disk_that_fills_up_ends_the_run_and_a_second_one_finishes(
     named = {c.data for unit, listed in log.units().items() for c in log.commits(unit, listed)}
     there = {Path(n).name for n in made().store.find(log.prefix) if n.endswith(".parquet")}
     assert there == named - {None}, "data that no commit names was left"
+
+
+def test_a_download_that_finds_no_room_ends_the_run_and_fails_no_clip(
+    tmp_path: Path, small_disk: Path, remount: Callable[[str], None]
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "a.mp4").write_bytes(bytes(3 << 20))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        table = tmp_path / "clips.csv"
+        table.write_text(f"url\nhttp://127.0.0.1:{server.server_port}/a.mp4\n")
+        file = tmp_path / "vidpipe.yaml"
+        file.write_text(f"workdir: {small_disk}\nsource: {{kind: csv, path: {table}}}\n")
+        made = dag.build(config.load(str(file), ("run.runner=local",)))
+        with pytest.raises(StoreUnusable, match=r"can't write .*: the disk is full"):
+            run(made, ("download",), Retry(), Reporter())
+        remount("size=16m")
+        assert run(made, ("download",), Retry(), Reporter()).status["download"].kept == 1
+        server.shutdown()
 
 
 def test_a_read_only_workdir_is_said_before_anything_runs(
