@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -98,7 +98,7 @@ class Harness:
         assert not wrong(whole), wrong(whole)
         self.file: Path | None = None
 
-    def rounds(self, crashes: list[Crash]) -> Report:
+    def rounds(self, crashes: Iterable[Crash]) -> Report:
         """Plays the crashes, campaign after campaign, and ends the last one undisturbed."""
         began = time.monotonic()
         for crash in crashes:
@@ -108,11 +108,10 @@ class Harness:
         self.report.seconds = time.monotonic() - began
         return self.report
 
-    def random_crashes(self, rounds: int, ray: float) -> list[Crash]:
-        """Crashes of all kinds; `ray`: the share of rounds on Ray."""
-        return [
-            self._on_ray() if self.chance.random() < ray else self._local() for _ in range(rounds)
-        ]
+    def random_crashes(self, kills: int, ray: float) -> Iterator[Crash]:
+        """Crashes of all kinds until `kills` of them came in time; `ray`: the share on Ray."""
+        while self.report.kills.total() < kills:
+            yield self._on_ray() if self.chance.random() < ray else self._local()
 
     def _local(self) -> Crash:
         chance = self.chance
@@ -124,7 +123,7 @@ class Harness:
         number = signal.SIGKILL
         if victim == "driver" and chance.random() < 0.2:
             number = signal.SIGTERM
-        return Crash("local", victim, seconds=chance.uniform(0.3, self.takes), signal=number)
+        return Crash("local", victim, seconds=chance.uniform(0.3, 0.8 * self.takes), signal=number)
 
     def _on_ray(self) -> Crash:
         victim = self.chance.choice(("driver", "worker", "ray worker", "raylet", "node"))
@@ -288,13 +287,13 @@ def _ours(command: Command) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rounds", type=int)
+    parser.add_argument("kills", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ray", type=float, default=0.06, help="share of rounds on Ray")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="vidpipe-crashes-"))
     harness = Harness(folder, asked.seed)
-    report = harness.rounds(harness.random_crashes(asked.rounds, asked.ray))
+    report = harness.rounds(harness.random_crashes(asked.kills, asked.ray))
     print(report)
     if report.faults or report.again > report.bound:
         print(f"kept for a look: {folder}")
