@@ -6,7 +6,7 @@ what hangs on it is computed anew. One that has vanished keeps its version: a sh
 mounted must not undo what was computed, and a stage that needs the file says that it is missing.
 
 Between scans, an unchanged table is not read: what it named is listed in `source/files.parquet`,
-and looking at some 100,000 files takes less than a second.
+and looking at up to 100,000 files is quick.
 """
 
 from __future__ import annotations
