@@ -315,8 +315,9 @@ def _fresh(
     """The new rows in the source's order; those that have changed go to `changes`."""
     first = 0
     with pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(_ROWS):
-            table = pa.table(batch)
+        # One group after the other: a reader of batches keeps what it has read until its end.
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group)
             last = first + len(table)
             table = _renamed(table, between(repeats, first, last), first)
             own = verdict[first:last]
