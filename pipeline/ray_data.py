@@ -35,7 +35,7 @@ from pipeline.errors import RunError
 from pipeline.plan import Plan
 from pipeline.report import Reporter
 from pipeline.resources import Offer, Pass, Workers, cores, passes, share, usable_gpus
-from pipeline.tally import Tally
+from pipeline.tally import Tally, outcomes
 from pipeline.unit import Receipt, Retry
 from pipeline.worker import Driver, InProcess, Job, Runs, Worker, own_worker
 
@@ -243,7 +243,7 @@ def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, An
 
         def on_rows(name: str, counts: Counts) -> None:
             tally.rows.remote(name, counts)
-            for outcome, n in _outcomes(counts).items():
+            for outcome, n in outcomes(counts).items():
                 if n > 0:  # those that died with a worker are taken back in the report alone
                     rows.inc(n, {"stage": name, "outcome": outcome})
 
@@ -308,9 +308,11 @@ def _actor(job: Job, isolate: bool, tally: Any) -> type[Any]:
 def _tally(report: Reporter) -> Iterator[Any]:
     """An actor that workers tell their events, and a thread that hands these to `report`, and
     the wish to stop to the workers."""
-    # With the driver: a worker's node may be lost at any time.
+    # With the driver, as a worker's node may be lost at any time. One that starts anew has
+    # forgotten what it was told; the commits have not.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    tally = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
+    kept = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    tally = ray.remote(Tally).options(num_cpus=0, **kept).remote()
     over = threading.Event()
 
     def show() -> None:
@@ -347,14 +349,6 @@ def _tally(report: Reporter) -> Iterator[Any]:
         thread.join()
         with contextlib.suppress(ray.exceptions.RayError):
             show()
-
-
-def _outcomes(counts: Counts) -> dict[str, int]:
-    return {
-        "kept": counts.kept,
-        "rejected": sum(counts.rejected.values()),
-        "failed": sum(counts.failed.values()),
-    }
 
 
 def _receipt(values: dict[str, Any]) -> Receipt:

@@ -52,3 +52,12 @@ class Tally:
         drained = self._rows, self._units, self._notes
         self._rows, self._units, self._notes = [], [], []
         return drained
+
+
+def outcomes(counts: Counts) -> dict[str, int]:
+    """Rows by outcome, as the metrics have them."""
+    return {
+        "kept": counts.kept,
+        "rejected": sum(counts.rejected.values()),
+        "failed": sum(counts.failed.values()),
+    }

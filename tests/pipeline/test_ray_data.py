@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killers import Slow
 from toys import Length, Limit, Shout, pipeline
 
 from manifests.log import Counts
@@ -184,3 +185,24 @@ def test_large_units_travel_in_parts_where_a_model_is_at_work(
     assert sum(c.rows for c in commits) == 20, "each clip is settled once"
     assert len([c for c in commits if c.data]) > 2, "more than one commit a unit"
     assert heard.units == dict.fromkeys(made.stages, 2), "a unit is told of once"
+
+
+def test_a_run_outlives_the_process_that_it_reports_to(tmp_path: Path) -> None:
+    import psutil
+
+    class Killing(Heard):
+        killed = 0
+
+        def rows(self, stage: str, counts: Counts) -> None:
+            super().rows(stage, counts)
+            for process in psutil.Process().children(recursive=True) if not self.killed else ():
+                if process.name().startswith("ray::Tally"):
+                    process.kill()
+                    self.killed += 1
+
+    made = pipeline(tmp_path, ["0.2"] * 24, [Slow], run={"runner": "ray"})
+    heard = Killing()
+    result = run(made, (), Retry(), heard)
+    assert heard.killed == 1
+    assert not result.faults
+    assert result.status["slow"] == Counts(24, 24)
