@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from racing import race
 
 from manifests import durable
 from manifests.faults import halts, unusable
@@ -30,21 +30,7 @@ def test_without_hard_links_one_creator_still_wins(
 ) -> None:
     monkeypatch.setattr(os, "link", no_links)
     store = Store(str(tmp_path))
-    won: list[int] = []
-    ready = threading.Barrier(8)
-
-    def create(n: int) -> None:
-        ready.wait()
-        if store.create("commit", str(n).encode()):
-            won.append(n)
-
-    threads = [threading.Thread(target=create, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert store.read("commit") == str(won[0]).encode()
+    race(store)
     assert store.create("commit", store.read("commit")), "a retry meets its own object"
     assert [p.name for p in tmp_path.iterdir()] == ["commit"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from racing import race
 
 from manifests.store import Store, StoreError
 
@@ -28,21 +28,7 @@ def test_a_retry_after_a_lost_reply_meets_its_own_object(store: Store) -> None:
 
 def test_of_many_creators_one_wins(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    won: list[int] = []
-    ready = threading.Barrier(8)
-
-    def create(n: int) -> None:
-        ready.wait()
-        if store.create("commit", str(n).encode()):
-            won.append(n)
-
-    threads = [threading.Thread(target=create, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert store.read("commit") == str(won[0]).encode()
+    race(store)
     assert [p.name for p in tmp_path.iterdir()] == ["commit"], "a temporary file was left"
 
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import threading
 import uuid
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pytest
+from racing import race
 from s3_faults import BUCKET, Proxy
 
 from manifests.log import Counts, Log
@@ -44,21 +44,7 @@ def test_what_is_written_is_read_back_to_the_byte(store: Store) -> None:
 
 
 def test_of_many_creators_one_wins(store: Store) -> None:
-    won: list[int] = []
-    ready = threading.Barrier(8)
-
-    def create(n: int) -> None:
-        ready.wait()
-        if store.create("commit", str(n).encode()):
-            won.append(n)
-
-    threads = [threading.Thread(target=create, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert store.read("commit") == str(won[0]).encode()
+    race(store)
 
 
 RACER = """
