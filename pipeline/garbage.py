@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from manifests.intake import SCANS
 from manifests.log import SNAPSHOTS, Log, standing
 from manifests.schema import KEPT
-from manifests.store import Listed, Store
+from manifests.store import Store
 from pipeline.dag import Pipeline
 from pipeline.verify import snapshot_lines
 
@@ -196,10 +196,15 @@ def _media(store: Store, before: float) -> Iterator[Found]:
     """Downloaded files that no kept row of any download refers to, and the notes of where they
     came from."""
     media, parts, aside = Found(MEDIA), Found(PARTS), Found(ASIDE)
-    listed = store.listing("media")
-    old: Mapping[str, Listed] = {n: i for n, i in listed.items() if i.modified < before}
-    referred = _referred(store) if old else np.array([], np.uint64)
-    for name, info in old.items():
+    folders = _folders(store, "media")
+    # Known before they are listed: a download that meets an old file touches it, and then it is
+    # young. Folder by folder: there may be millions.
+    referred = _referred(store) if folders else np.array([], np.uint64)
+    inner = [f".uri/{name}" for name in _folders(store, "media/.uri")]
+    places = [f"media/{name}" for name in (*folders, *inner) if name != ".uri"]
+    for name, info in ((n, i) for place in places for n, i in store.listing(place).items()):
+        if info.modified >= before:
+            continue
         medium = _MEDIUM.fullmatch(name)
         if _MEDIA_PART.fullmatch(name):
             parts.add(name, info.size)
