@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The `vidpipe` command."""
-    from manifests.redact import redact_logs, shown
-
-    redact_logs()
     stop.listen()
     try:
         code = cli.main(standalone_mode=False)
@@ -40,7 +37,7 @@ def main() -> None:
     except click.ClickException as error:
         said = io.StringIO()
         error.show(said)
-        click.echo(shown(said.getvalue()), err=True, nl=False)
+        click.echo(_shown(said.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo(stop.sentence(), err=True)
@@ -49,9 +46,15 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  the last one to see it
         known = _known(error)
         text = traceback.format_exc() if known is None else f"vidpipe: {error}"
-        click.echo(shown(text), err=True)
+        click.echo(_shown(text), err=True)
         code = 1 if known is None else known
     _leave(int(code or 0))
+
+
+def _shown(text: str) -> str:
+    from manifests.redact import shown  # takes pyarrow along, which `--help` has no use for
+
+    return shown(text)
 
 
 def _leave(code: int) -> None:
@@ -92,6 +95,9 @@ def cli() -> None:
              vidpipe run             whatever is pending
              vidpipe status          where every clip is
     """
+    from manifests.redact import redact_logs
+
+    redact_logs()  # before a command, and not for `--help`
 
 
 for command in (verify, audit, gc):
