@@ -34,6 +34,17 @@ def taken(values: pa.Array, rows: pa.Array) -> pa.Array:
     return values.take(rows)
 
 
+def first_of_each(ids: pa.Array) -> Any:
+    """The numbers of the rows that are the first of their id, ascending: an int64 NumPy array."""
+    return np.sort(np.unique(ids.dictionary_encode().indices.to_numpy(), return_index=True)[1])
+
+
+def last_of_each(ids: pa.Array) -> Any:
+    """The same of the last of each id."""
+    codes = ids.dictionary_encode().indices.to_numpy()
+    return np.sort(len(codes) - 1 - np.unique(codes[::-1], return_index=True)[1])
+
+
 def scattered(at: pa.Array, rows: int) -> pa.Int64Array:
     """For each of `rows` places the position in `at` that names it; null where none does."""
     if len(at) == rows:
@@ -56,10 +67,8 @@ def current(tables: Sequence[pa.Table]) -> pa.Table:
         return tables[0]  # nearly always: no clip stands twice in one commit
     ids = pa.concat_arrays([array(table, "clip_id") for table in tables])
     outcome = pa.concat_arrays([array(table, "outcome") for table in tables])
-    codes = ids.dictionary_encode().indices.to_numpy()
-    last = len(codes) - 1 - np.unique(codes[::-1], return_index=True)[1]
-    here = np.zeros(len(codes), bool)
-    here[last] = True
+    here = np.zeros(len(ids), bool)
+    here[last_of_each(ids)] = True
     here &= pc.not_equal(outcome, ABSENT).to_numpy(zero_copy_only=False)
     parts, first = [], 0
     for table in tables:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from manifests.joins import array
+from manifests.joins import array, last_of_each
 from manifests.ledger import Ledger
 from manifests.log import Log, standing
 from manifests.schema import ABSENT, digest
@@ -133,11 +133,8 @@ def compare(
 
 def _last_words(known: pa.Table) -> pa.Table:
     """The last row of each clip."""
-    codes = array(known, "clip_id").dictionary_encode().indices.to_numpy()
-    if not len(codes) or int(codes.max()) + 1 == len(codes):
-        return known
-    last = len(codes) - 1 - np.unique(codes[::-1], return_index=True)[1]
-    return known.take(pa.array(np.sort(last)))
+    last = last_of_each(array(known, "clip_id"))
+    return known if len(last) == len(known) else known.take(pa.array(last))
 
 
 def _mark_gone(lost: pa.Table, changes: Ledger) -> int:

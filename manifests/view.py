@@ -20,6 +20,7 @@ from manifests.joins import (
     PLACE_FIELDS,
     array,
     current,
+    first_of_each,
     last_of,
     named,
     parts_of,
@@ -219,8 +220,7 @@ class UnitView:
         rows = pc.indices_nonzero(pc.is_valid(self.settled(name).outcome))
         if not any(layer.splits for layer in self.dag.layers.values()):
             return rows
-        ids = self._ids(name).take(rows).dictionary_encode().indices.to_numpy()
-        return rows.take(pa.array(np.sort(np.unique(ids, return_index=True)[1])))
+        return rows.take(pa.array(first_of_each(self._ids(name).take(rows))))
 
     def inputs(self, name: str, rows: pa.Array, columns: Sequence[str]) -> pa.Table:
         """`clip_id`, as the stage knows it, and `columns` of the rows at `rows`."""

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests.faults import StoreError, StoreUnusable, halts
+from manifests.joins import first_of_each
 from manifests.log import Counts
 from manifests.redact import redact, redact_logs, redacted, sentence
 from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
@@ -275,8 +275,7 @@ def _tally(new: pa.Table) -> Counts:
     parents = new.column("parent_id")
     if parents.null_count < len(parents):
         ids = pc.coalesce(parents, new.column("clip_id")).combine_chunks()
-        codes = ids.dictionary_encode().indices.to_numpy()
-        new = new.take(pa.array(np.unique(codes, return_index=True)[1]))
+        new = new.take(pa.array(first_of_each(ids)))
     return tally(*(new.column(c).combine_chunks() for c in ("outcome", "reason")))
 
 
