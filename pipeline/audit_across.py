@@ -99,10 +99,11 @@ def audit_index(
 ) -> None:
     """The index has exactly the clips that are ready, each with its caption and its place."""
     store = pipeline.store
-    if not fresh:
+    there = store.exists(INDEX_NAME)
+    if not fresh and (there or ready.rows):  # where no clip is ready there is none
         result.notes.append("the index is behind the commits: the next run or training renews it")
         return
-    if not store.find(INDEX_NAME):
+    if not there:
         result.indexed = 0
     else:
         with store.opened(INDEX_NAME) as opened:
@@ -137,6 +138,10 @@ class Spill:
         self._waiting.append(row)
         if len(self._waiting) >= _SPILL:
             self._flush()
+
+    @property
+    def rows(self) -> int:
+        return self._ledger.rows + len(self._waiting)
 
     def buckets(self) -> Iterator[pa.Table]:
         self._flush()

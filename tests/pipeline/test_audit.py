@@ -333,6 +333,7 @@ def test_the_command_prints_a_line_a_stage_and_exits_by_what_it_found(tmp_path: 
     done = CliRunner().invoke(cli.cli, ["audit", *with_file])
     assert done.exit_code == 0, done.output
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "behind" not in done.output, "no clip is ready, so there is no index to renew"
     assert "source 2 in = 2 kept + 0 rejected + 0 failed + 0 pending ok" in lines
     assert "download 2 in = 1 kept + 0 rejected + 1 failed + 0 pending ok" in lines
     data_file = next((tmp_path / "work" / "download").rglob("*.parquet"))
