@@ -12,10 +12,11 @@ import torch
 
 import stages
 from benchmarks.figures import report
-from stages.base import Context, Row, Sampling
+from stages.base import Context, Row
 from stages.demo.shapes import RATES, caption, named, scene, write_clip
 from stages.demo.train_vae import psnr
-from stages.frames import read_clip
+from stages.media.frames import read_clip
+from stages.media.sampling import Sampling
 from stages.models import resolve
 from stages.recaption import Recaption, RecaptionSettings
 

@@ -7,7 +7,7 @@ Exit codes: 0 done (failed rows are data), 1 the run itself failed, 2 usage or c
 
 from __future__ import annotations
 
-import pipeline.early  # isort: skip  # noqa: F401  signals, before what takes time
+import pipeline.workers.early  # isort: skip  # noqa: F401  signals, before what takes time
 
 import io
 import logging
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline import stop
 from pipeline.cli_options import F, load, with_config
 from pipeline.cli_upkeep import audit, gc, verify
+from pipeline.workers import stop
 
 if TYPE_CHECKING:
     from pipeline.dag import Pipeline

@@ -22,7 +22,8 @@ from manifests.redact import has_credentials
 from manifests.schema import did_you_mean
 from manifests.sources import SourceSettings, resolve_root
 from stages import builtin
-from stages.base import Context, Sampling, Stage
+from stages.base import Context, Stage
+from stages.media.sampling import Sampling
 
 DEFAULT_FILE = "vidpipe.yaml"
 MOST_VALUES = 100_000  # of a configuration

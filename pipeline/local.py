@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from manifests.store import StoreUnusable
-from pipeline import stop
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan
 from pipeline.report import Reporter
 from pipeline.unit import Receipt, Retry
-from pipeline.worker import Driver, InProcess, Job, Runs, Worker
+from pipeline.workers import stop
+from pipeline.workers.worker import Driver, InProcess, Job, Runs, Worker
 
 
 def run(

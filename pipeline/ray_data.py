@@ -28,7 +28,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manifests.log import Counts
 from manifests.store import StoreUnusable
-from pipeline import stop
 from pipeline.config import RunSettings
 from pipeline.dag import Pipeline
 from pipeline.errors import RunError
@@ -37,7 +36,8 @@ from pipeline.report import Reporter
 from pipeline.resources import Offer, Pass, Workers, cores, passes, share, usable_gpus
 from pipeline.tally import Tally, outcomes
 from pipeline.unit import Receipt, Retry
-from pipeline.worker import Driver, InProcess, Job, Runs, Worker, own_worker
+from pipeline.workers import stop
+from pipeline.workers.worker import Driver, InProcess, Job, Runs, Worker, own_worker
 
 # A wave is one Dataset: enough units to keep a cluster busy, few enough for the driver's memory.
 WAVE_UNITS = 20_000

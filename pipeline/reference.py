@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 from manifests.sources import SourceSettings
 from pipeline.config import RunSettings
 from stages import builtin
-from stages.base import NAMED, SPEED, Sampling, StageSettings
+from stages.base import NAMED, SPEED, StageSettings
+from stages.media.sampling import Sampling
 
 HEAD = """\
 # vidpipe.yaml

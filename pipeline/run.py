@@ -12,13 +12,14 @@ from manifests.faults import halts
 from manifests.intake import Scan, scan
 from manifests.log import Counts
 from manifests.schema import did_you_mean
-from pipeline import index, local, stop
+from pipeline import index, local
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan, plan, status
 from pipeline.report import Reporter
 from pipeline.resources import check_workdir, free_space
 from pipeline.unit import EVERY_CLASS, Receipt, Retry
+from pipeline.workers import stop
 
 LOW_SPACE = 2 << 30
 # Of files that are not those that were hashed: to try these again, the source is looked at anew.

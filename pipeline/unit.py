@@ -24,7 +24,7 @@ from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
 from manifests.shards import with_facts
 from manifests.store import Store
 from manifests.view import Dag, UnitView, tally
-from pipeline.watch import UNWATCHED, Batch, Watch, batches
+from pipeline.workers.watch import UNWATCHED, Batch, Watch, batches
 from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.

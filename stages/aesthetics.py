@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
-from stages.halving import Halving, whole
-from stages.picture import Pixels
+from stages.media.picture import Pixels
+from stages.vae.halving import Halving, whole
 
 if TYPE_CHECKING:
     import torch

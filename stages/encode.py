@@ -23,10 +23,10 @@ from stages.base import (
     alive,
 )
 from stages.files import CARRIED, clip_file
-from stages.frames import Clip, TooShort, VideoError, read_clip
+from stages.media.frames import Clip, TooShort, VideoError, read_clip
+from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings
 from stages.models import folder_sha256, model_identity, resolve
-from stages.vaes import Vae, shape_of
-from stages.video import READING_MAY_PASS, Budget, DecodingSettings
+from stages.vae.vae import Vae, shape_of
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from manifests.local_files import state_of
 from stages.base import Context, Row
-from stages.video import VideoError
+from stages.media.video import VideoError
 
 CARRIED = ("path", "bytes", "state")
 

@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from stages.base import Failed, Outcome, Row, Sampling, Stage, alive
+from stages.base import Failed, Outcome, Row, Stage, alive
 from stages.files import CARRIED, clip_file
-from stages.frames import picks
-from stages.picture import display_matrix, quarter_turned
-from stages.video import (
+from stages.media.frames import picks
+from stages.media.picture import display_matrix, quarter_turned
+from stages.media.sampling import Sampling
+from stages.media.video import (
     READING_MAY_PASS,
     Budget,
     DecodingSettings,

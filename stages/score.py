@@ -18,10 +18,10 @@ from pydantic import Field
 from stages.aesthetics import Aesthetics
 from stages.base import Context, Failed, Outcome, Row, Speed, Stage, StageError, alive
 from stages.files import CARRIED, clip_file
-from stages.frames import Few, VideoError, sample_few
+from stages.media.frames import Few, VideoError, sample_few
+from stages.media.picture import Pixels
+from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings
 from stages.models import check, model_identity, resolve
-from stages.picture import Pixels
-from stages.video import READING_MAY_PASS, Budget, DecodingSettings
 
 if TYPE_CHECKING:
     import torch

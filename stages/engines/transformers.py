@@ -20,7 +20,7 @@ from stages.engines.base import (
     encode,
     too_long,
 )
-from stages.halving import Halving
+from stages.vae.halving import Halving
 
 
 class GumbelChoice:

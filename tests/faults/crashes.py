@@ -193,7 +193,11 @@ class Harness:
             command.signal(crash.signal)
             return True
         # Where there is none yet, there soon is.
-        names = {"worker": "from pipeline.child", "ray worker": "ray::", "raylet": "raylet/raylet"}
+        names = {
+            "worker": "from pipeline.workers.child",
+            "ray worker": "ray::",
+            "raylet": "raylet/raylet",
+        }
         wanted = names[crash.victim]
         while command.process.poll() is None:
             found = [pid for pid, name in sorted(command.left().items()) if wanted in name]

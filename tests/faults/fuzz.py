@@ -69,8 +69,9 @@ class Report:
 
 def settle(path: Path, start: float | None, end: float | None) -> tuple[str, str]:
     """(outcome, reason) of a file, by the stages themselves."""
-    from stages.base import Context, Failed, Rejected, Sampling
+    from stages.base import Context, Failed, Rejected
     from stages.encode import Encode, EncodeSettings
+    from stages.media.sampling import Sampling
     from stages.probe import Probe, ProbeSettings
     from stages.score import Score, ScoreSettings
 

@@ -18,9 +18,10 @@ from pipeline.dag import build
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
-from stages.base import Context, Sampling
+from stages.base import Context
 from stages.download import Download, DownloadSettings
 from stages.encode import Encode, EncodeSettings
+from stages.media.sampling import Sampling
 from stages.probe import Probe, ProbeSettings
 from stages.score import Score, ScoreSettings
 

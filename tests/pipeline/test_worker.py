@@ -17,8 +17,8 @@ from manifests.log import Counts
 from pipeline import query
 from pipeline.report import Reporter
 from pipeline.run import Result, run
-from pipeline.suspects import Death, Suspects
 from pipeline.unit import Retry
+from pipeline.workers.suspects import Death, Suspects
 
 ISOLATED = {"local": {"isolate": True}, "ray": {"runner": "ray", "isolate": True}}
 
@@ -207,7 +207,7 @@ def test_the_process_dies_with_its_supervisor(tmp_path: Path) -> None:
 
 def test_importing_the_worker_s_process_is_cheap() -> None:
     code = (
-        "import sys, pipeline.child, stages.encode, stages.probe;"
+        "import sys, pipeline.workers.child, stages.encode, stages.probe;"
         "print(sorted({m.split('.')[0] for m in sys.modules} &"
         " {'torch', 'ray', 'rich', 'click', 'duckdb', 'diffusers', 'transformers', 'av'}))"
     )

@@ -12,7 +12,8 @@ import pytest
 from numbered import make
 
 from stages import builtin
-from stages.base import TRANSIENT, Context, Failed, Sampling, Stage
+from stages.base import TRANSIENT, Context, Failed, Stage
+from stages.media.sampling import Sampling
 
 ROOT = Path(__file__).parents[2]
 # What is called with a failure class first.

@@ -10,7 +10,8 @@ import pytest
 from av.stream import Disposition
 from numbered import ENCRYPTION, SIDE, make, picture, silence
 
-from stages.base import Context, Failed, Row, Sampling
+from stages.base import Context, Failed, Row
+from stages.media.sampling import Sampling
 from stages.probe import Probe, ProbeSettings, irregular
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from numbered import make
 
-from stages.base import Context, Failed, Sampling
+from stages.base import Context, Failed
 from stages.encode import Encode, EncodeSettings
-from stages.halving import Halving, is_out_of_memory
+from stages.media.sampling import Sampling
+from stages.vae.halving import Halving, is_out_of_memory
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"
 
@@ -103,7 +104,7 @@ def short(encode: Callable[[torch.Tensor], Any], most: int) -> Callable[[torch.T
 
 @pytest.mark.parametrize("vae", ["AutoencoderKL", "AutoencoderKLWan"])
 def test_a_real_vae_short_of_memory_gives_the_same_latents(tmp_path: Path, vae: str) -> None:
-    from test_vaes import tiny
+    from test_vae import tiny
 
     tiny(vae).save_pretrained(tmp_path / "vae")
     sampling = Sampling(fps=25, frames=5, size=64)

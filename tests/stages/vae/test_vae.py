@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.base import StageError
-from stages.vaes import FAMILIES, Vae, shape_of
+from stages.vae.vae import FAMILIES, Vae, shape_of
 
 
 def tiny(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 Stages and units come as pickles, from the process that started this one; JSON goes back, since
 what runs here reads files of strangers: which clips are being processed, signs of life, counts of
-rows, the receipt. Rows and payload never cross. `pipeline.worker` is the other end.
+rows, the receipt. Rows and payload never cross. `pipeline.workers.worker` is the other end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
 from pipeline.unit import Part, Receipt, Retry, run_unit
-from pipeline.watch import Watch
+from pipeline.workers.watch import Watch
 from stages import base
 
 # How often a sign of life goes over the pipe at most.

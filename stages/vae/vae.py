@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
-from stages.halving import Halving, whole
+from stages.vae.halving import Halving, whole
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.video import VideoError
+from stages.media.video import VideoError
 
 Pixels = NDArray[np.uint8]
 # Sides of a picture that is still one: the longer over the shorter.

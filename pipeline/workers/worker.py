@@ -1,10 +1,10 @@
 """A worker: one child process, watched, that costs a clip and not the run when it dies.
 
 Decoders crash, memory runs out, loops never end. So stages run in a process of their own
-(`pipeline.child`), and both runners hold the `Worker` that supervises it. When the process dies, or
-is silent beyond the stage's time limit, what it was processing is known: the unit is run again by a
+(`child`), and both runners hold the `Worker` that supervises it. When the process dies, or is
+silent beyond the stage's time limit, what it was processing is known: the unit is run again by a
 new process with these clips split into smaller and smaller calls, until the one that kills stands
-alone and is settled as failed (`pipeline.suspects`).
+alone and is settled as failed (`suspects`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any, Protocol
 from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
-from pipeline.suspects import Death, Suspects
 from pipeline.unit import WHOLE, AnyStage, OnRows, Part, Receipt, Retry, run_unit
-from pipeline.watch import Watch
+from pipeline.workers.suspects import Death, Suspects
+from pipeline.workers.watch import Watch
 
 # Deaths of the process while no clip is in flight, in `setup` for instance, that a unit may cost.
 IDLE_DEATHS = 3
@@ -48,7 +48,7 @@ import sys
 from multiprocessing.connection import Connection
 connection = Connection(int(sys.argv[1]))
 sys.path[:] = connection.recv()
-from pipeline.child import serve, tied_to
+from pipeline.workers.child import serve, tied_to
 tied_to(int(sys.argv[2]))
 serve(connection)
 """

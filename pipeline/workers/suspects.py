@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.watch import Verdict
+from pipeline.workers.watch import Verdict
 
 GROUPS = 8
 # A clip that dies alone is given up after so many deaths, those in company counted in.

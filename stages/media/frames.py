@@ -1,7 +1,7 @@
 """The frames that stand for a clip, picked by presentation time, decoded with PyAV.
 
 Which frames: `picks` on timestamps; `read_clip` follows the same arithmetic while it decodes.
-What is done to each frame: `stages.picture`.
+What is done to each frame: `stages.media.picture`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from stages.base import Sampling
-from stages.picture import Fit, Pixels, short_side
-from stages.video import (
+from stages.media.picture import Fit, Pixels, short_side
+from stages.media.sampling import Sampling
+from stages.media.video import (
     LAST,
     SNAP,
     Budget,

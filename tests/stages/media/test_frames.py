@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from numbered import ENCRYPTION, make, number, numbers
 
-import stages.video
-from stages.base import Context, Sampling
+import stages.media.video
+from stages.base import Context
 from stages.files import local_path
-from stages.frames import (
+from stages.media.frames import (
     TooShort,
     VideoError,
     picks,
@@ -27,7 +27,8 @@ from stages.frames import (
     sample_few,
     seed_picks,
 )
-from stages.video import Budget, DecodingSettings, opened, section, timeline
+from stages.media.sampling import Sampling
+from stages.media.video import Budget, DecodingSettings, opened, section, timeline
 
 NTSC = Fraction(30000, 1001)
 TV = Sampling(fps=16, frames=32, size=64)
@@ -336,10 +337,10 @@ def test_signs_of_life_come_from_within_a_clip(
 ) -> None:
     path = str(make(tmp_path / "a.mp4", 60, 25))
     signs: list[int] = []
-    monkeypatch.setattr(stages.video, "alive", lambda: signs.append(1))
+    monkeypatch.setattr(stages.media.video, "alive", lambda: signs.append(1))
     read_clip(path, TV)
     assert not signs, "at most one a second"
-    monkeypatch.setattr(stages.video, "SIGN_OF_LIFE", 0.0)
+    monkeypatch.setattr(stages.media.video, "SIGN_OF_LIFE", 0.0)
     read_clip(path, TV)
     assert len(signs) >= 50
 
@@ -370,7 +371,7 @@ def test_more_packets_than_a_day_has_are_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(make(tmp_path / "a.mp4", 60, 25))
-    monkeypatch.setattr(stages.video, "MOST_PACKETS", 59)
+    monkeypatch.setattr(stages.media.video, "MOST_PACKETS", 59)
     with pytest.raises(VideoError, match="more than 59 frames") as error, opened(path) as video:
         timeline(video)
     assert error.value.error == "too_many_frames"

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from numbered import make, picture
 
-from stages.base import Sampling
-from stages.frames import read_clip, sample_few
-from stages.picture import Fit, short_side, turned
-from stages.video import VideoError
+from stages.media.frames import read_clip, sample_few
+from stages.media.picture import Fit, short_side, turned
+from stages.media.sampling import Sampling
+from stages.media.video import VideoError
 
 ONE = 1 << 16
 

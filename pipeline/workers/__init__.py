@@ -1,0 +1,1 @@
+"""What runs units: supervised processes, and how a run is stopped."""

@@ -1,0 +1,1 @@
+"""Videos: which frames stand for a clip, and their pixels."""

@@ -1,0 +1,1 @@
+"""VAEs of diffusers: uint8 frames in, latents out."""
