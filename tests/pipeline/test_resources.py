@@ -33,6 +33,9 @@ def test_workers_fill_the_machine_but_never_outnumber_units(tmp_path: Path) -> N
 def test_a_stage_that_can_takes_one_gpu_a_worker(tmp_path: Path) -> None:
     got = share(stage(tmp_path, OnGpu), Offer(64, 8), 100)
     assert (got.count, got.gpus) == (8, 1.0)
+    assert got.cpus == 6, "three quarters of the cores make its rows ready"
+    assert share(stage(tmp_path, OnGpu, cpus=2), Offer(64, 8), 100).cpus == 2
+    assert share(stage(tmp_path, OnGpu), Offer(8, 8), 100).cpus == 1
     assert share(stage(tmp_path, OnGpu), Offer(4, 0), 100).gpus == 0
     assert share(stage(tmp_path, OnGpu, gpus=0.5), Offer(64, 8), 100).count == 16
 
