@@ -19,6 +19,11 @@ from stages.base import Stage
 
 AnyStage = Stage[Any, Any]
 GIB = 1 << 30
+# Where models are at work units travel in parts of so many rows, at least and at most: few enough
+# to keep all workers at work, and many, as a part's beginning and end leave its model waiting.
+PART_ROWS = (256, 2048)
+# Units or parts that each worker gets at least, where there are enough: the last ones end together.
+ROUNDS = 4
 # Of all cores, for the workers that have a GPU.
 CPU_SHARE = 0.75
 
@@ -71,6 +76,16 @@ def share(stage: AnyStage, offer: Offer, units: int) -> Workers:
             f"{there:g} {kind}: lower {stage.name}.workers or {stage.name}.{kind}"
         )
     return Workers(count, cpus, gpus, asked.memory, stage.loads_model)
+
+
+def cut(workers: Sequence[Workers], units: int, rows: int) -> int:
+    """Into how many parts `units` of up to `rows` rows are cut: where no model is at work only so
+    that no worker is without one, as reading and committing have their price."""
+    least, most = PART_ROWS
+    if any(each.actor for each in workers):
+        each_gets = rows * units // (ROUNDS * max(w.count for w in workers if w.actor))
+        return -(-rows // min(most, max(least, each_gets)))
+    return min(-(-rows // least), -(-ROUNDS * max(each.count for each in workers) // units))
 
 
 @dataclass(frozen=True)
