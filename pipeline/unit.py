@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,15 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests.faults import StoreError, StoreUnusable, halts
-from manifests.joins import first_of_each
 from manifests.log import Counts
-from manifests.redact import redact, redact_logs, redacted, sentence
-from manifests.schema import FAILED, KEPT, OUTCOME, PENDING, REJECTED
+from manifests.redact import redact, redact_logs, redacted
+from manifests.schema import FAILED, OUTCOME, PENDING
 from manifests.shards import with_facts
 from manifests.store import Store
-from manifests.view import Dag, UnitView, tally
-from pipeline.workers.watch import UNWATCHED, Batch, Watch, batches
-from stages.base import Failed, Outcome, Rejected, Row, Stage, StageError
+from manifests.view import Dag, UnitView
+from pipeline.settle import AnyStage, StageBug, counted, settle
+from pipeline.workers.watch import UNWATCHED, Places, Watch, lanes
+from stages.base import StageError, spending
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
@@ -33,7 +35,6 @@ COMMIT_BYTES = 256 << 20
 COMMIT_SECONDS = 60.0
 EVERY_CLASS = "all"
 
-AnyStage = Stage[Any, Any]
 Part = tuple[int, int]  # of a unit's clips: number, of how many
 WHOLE: Part = (0, 1)
 OnRows = Callable[[str, Counts], None]
@@ -73,10 +74,6 @@ class Receipt:
     halts: bool = False  # nothing can be written: other units would fare no better
 
 
-class StageBug(Exception):
-    """A stage broke its contract: outcomes that don't match the rows, or columns of other types."""
-
-
 def run_unit(
     store: Store,
     dag: Dag,
@@ -114,44 +111,19 @@ def run_unit(
         )
         loaded = model() if rows.num_rows else None
         clock.lap("read")
-        done: list[pa.Table] = []
-        for batch in batches(book.column("clip_id").to_pylist(), stage.batch_size, watch):
-            if watch.stopping():
-                break
-            own = _picked(book, batch)
-            ids = own.column("clip_id").to_pylist()
-            outcomes: Sequence[Outcome] | pa.Table
-            tries: Any = 1
-            if batch.condemned:
-                verdicts = [watch.condemned[clip] for clip in ids]
-                outcomes = [verdict.outcome() for verdict in verdicts]
-                tries = pa.array([verdict.attempts for verdict in verdicts])
-            else:
-                watch.begin(ids)
-                try:
-                    outcomes = stage.process_table(_picked(rows, batch), loaded)
-                except Exception:
-                    if done:  # the batches before it are sound
-                        _commit(view, stage, loaded, done, receipt.seconds)
-                        watch.committed()
-                    raise
-            clock.lap("process")
-            attempts = pc.add(own.column("attempts"), tries).cast(pa.int32())
-            new = settle(stage, own.set_column(2, "attempts", attempts), outcomes)
-            counts = _tally(new)
-            on_rows(stage.name, counts)
-            receipt.counts += counts
-            done.append(new)
-            size = sum(table.nbytes for table in done)
-            if size >= COMMIT_BYTES or clock.since("commit") >= COMMIT_SECONDS:
-                view = _commit(view, stage, loaded, done, receipt.seconds)
-                watch.committed()
+        commits = _Committer(view, stage, loaded, watch, receipt.seconds)
+        with spending(clock.add), commits:
+            for clips, new in _settled(stage, loaded, book, rows, watch):
+                clock.lap("process")
+                counts = counted(new)
+                on_rows(stage.name, counts)
+                watch.through(clips)
+                receipt.counts += counts
+                commits.take(new, counts)
                 clock.lap("commit")
-                done = []
-        if done or not rows.num_rows:
-            _commit(view, stage, loaded, done, receipt.seconds)
-            watch.committed()
-            clock.lap("commit")
+            if not rows.num_rows:
+                commits.begin()
+        clock.lap("commit")
     except (StageError, StoreError) as error:
         receipt.error = redact(str(error))  # a sentence for the user, with its remedy
         receipt.halts = isinstance(error, StoreUnusable)
@@ -186,97 +158,125 @@ def _pending(view: UnitView, name: str, retry: Retry, part: Part) -> pa.Array:
     return rows.filter(wanted)
 
 
-def _picked(table: pa.Table, batch: Batch) -> pa.Table:
-    places = batch.places
+def _settled(
+    stage: AnyStage, model: Any, book: pa.Table, rows: pa.Table, watch: Watch
+) -> Iterator[tuple[pa.ChunkedArray, pa.Table]]:
+    """Batch by batch, as they are settled, the ids of the rows and what became of them, until
+    `watch` asks to stop. `book` has their `clip_id`, `row_key` and `attempts`."""
+    ids = book.column("clip_id").to_pylist()
+    condemned = [i for i, clip in enumerate(ids) if clip in watch.condemned]
+    if condemned:
+        verdicts = [watch.condemned[ids[i]] for i in condemned]
+        own = _picked(book, condemned)
+        tried = _tried(own, pa.array([verdict.attempts for verdict in verdicts]))
+        outcomes = [verdict.outcome() for verdict in verdicts]
+        yield own.column("clip_id"), settle(stage, tried, outcomes)
+    for lane in lanes(ids, stage.batch_size, watch):
+        yield from _streamed(stage, model, book, rows, lane, watch)
+        if watch.stopping():
+            return
+
+
+def _streamed(
+    stage: AnyStage,
+    model: Any,
+    book: pa.Table,
+    rows: pa.Table,
+    lane: Iterator[Places],
+    watch: Watch,
+) -> Iterator[tuple[pa.ChunkedArray, pa.Table]]:
+    """The same of one lane. Raises StageBug where a batch is answered twice, or not at all."""
+    flying: dict[int, Places] = {}
+
+    def fed() -> Iterator[pa.Table]:
+        for number, places in enumerate(lane):
+            if watch.stopping():
+                return
+            watch.begin(_picked(book, places).column("clip_id"))
+            flying[number] = places
+            yield _picked(rows, places)
+
+    with closing(stage.stream(fed(), model)) as answers:
+        for number, outcomes in answers:
+            if number not in flying:
+                raise StageBug(f"{stage.name} answered batch {number}, which is not in flight")
+            own = _picked(book, flying.pop(number))
+            yield own.column("clip_id"), settle(stage, _tried(own, 1), outcomes)
+            if watch.stopping():
+                return
+    if flying:
+        raise StageBug(f"{stage.name} left {len(flying)} batches without an answer")
+
+
+def _picked(table: pa.Table, places: Places) -> pa.Table:
     if isinstance(places, range):
         return table.slice(places.start, len(places))
     return table.take(pa.array(places, pa.int64()))
 
 
-def settle(stage: AnyStage, book: pa.Table, outcomes: Sequence[Outcome] | pa.Table) -> pa.Table:
-    """The outcomes of a batch as rows of the stage's manifest: OUTCOME and the columns it adds.
-
-    `book` has the rows' `clip_id`, `row_key` and `attempts`. Raises StageBug where the outcomes
-    break the contract.
-    """
-    schema = pa.schema([*OUTCOME, *stage.adds])
-    if len(outcomes) != len(book):
-        raise StageBug(f"{stage.name} gave {len(outcomes)} outcomes for {len(book)} rows")
-    try:
-        if isinstance(outcomes, pa.Table):
-            given = {"outcome": KEPT, **{n: book.column(n) for n in book.column_names}}
-            given |= {name: outcomes.column(name) for name in outcomes.column_names}
-            return _whole(stage, given, len(book), schema)
-        records = list(_records(stage, book.to_pylist(), outcomes))
-        return pa.Table.from_pylist(records, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise StageBug(
-            f"{stage.name} gave a value of another type than declared: {error}"
-        ) from error
+def _tried(book: pa.Table, times: pa.Array | int) -> pa.Table:
+    """The book with so many more attempts."""
+    attempts = pc.add(book.column("attempts"), times).cast(pa.int32())
+    return book.set_column(2, "attempts", attempts)
 
 
-def _whole(stage: AnyStage, given: dict[str, Any], rows: int, schema: pa.Schema) -> pa.Table:
-    """A table of `schema` from the columns that are given; raises StageBug for one that is not."""
-    columns = []
-    for column in schema:
-        values = given.get(column.name)
-        if values is None and column.name in stage.adds.names:
-            raise StageBug(f"{stage.name} declares a column {column.name!r} and left it out")
-        if isinstance(values, pa.Array | pa.ChunkedArray):
-            columns.append(values.cast(column.type))
-        else:
-            columns.append(pa.repeat(pa.scalar(values, column.type), rows))
-    table = pa.table(columns, schema=schema)
-    silent = pc.and_(pc.not_equal(table["outcome"], KEPT), pc.is_null(table["reason"]))
-    if pc.any(silent).as_py():
-        clip = table["clip_id"].filter(silent)[0]
-        raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")
-    return table
+class _Committer:
+    """Commits the rows of a unit in parts of about COMMIT_BYTES, and every COMMIT_SECONDS, while
+    the next ones are processed; what is left when the block is left, an exception or not: batches
+    before a fault are sound."""
 
+    def __init__(
+        self,
+        view: UnitView,
+        stage: AnyStage,
+        model: Any,
+        watch: Watch,
+        seconds: dict[str, float],
+    ) -> None:
+        self._view, self._stage, self._model = view, stage, model
+        self._watch, self._seconds = watch, seconds
+        self._done: list[pa.Table] = []
+        self._counts, self._bytes = Counts(), 0
+        self._began = time.perf_counter()
+        self._pool = ThreadPoolExecutor(1)  # its thread starts with the first commit
+        self._running: Future[UnitView] | None = None
 
-def _records(stage: AnyStage, book: Sequence[Row], outcomes: Sequence[Outcome]) -> Iterator[Row]:
-    for base, outcome in zip(book, outcomes, strict=True):
-        clip = base["clip_id"]
-        match outcome:
-            case Rejected("" | None) | Failed("" | None):
-                raise StageBug(f"{stage.name} gave no reason why it did not keep clip {clip}")
-            case Rejected(reason, message):
-                yield {**base, "outcome": REJECTED, **_said(reason, message)}
-            case Failed(error, message):
-                yield {**base, "outcome": FAILED, **_said(error, message)}
-            case dict():
-                yield {**base, "outcome": KEPT, **_added(stage, outcome)}
-            case list() if stage.splits and outcome:
-                for part in outcome:
-                    own = {"clip_id": part["clip_id"], "parent_id": clip}
-                    yield {**base, **own, "outcome": KEPT, **_added(stage, part)}
-            case _:
-                raise StageBug(
-                    f"{stage.name} gave a {type(outcome).__name__} for clip {clip}: "
-                    "a row, Rejected or Failed is expected"
-                    + (", or a list of rows that is not empty" if stage.splits else "")
-                )
+    def take(self, new: pa.Table, counts: Counts) -> None:
+        """Raises StoreError where a commit failed."""
+        self._done.append(new)
+        self._counts += counts
+        self._bytes += new.nbytes
+        if self._bytes >= COMMIT_BYTES or time.perf_counter() - self._began >= COMMIT_SECONDS:
+            self.begin()
 
+    def begin(self) -> None:
+        """Begins to commit what was taken, once the commit before is through."""
+        self._wait()
+        seconds = dict(self._seconds)
+        self._running = self._pool.submit(self._commit, self._done, self._counts, seconds)
+        self._done, self._counts, self._bytes = [], Counts(), 0
+        self._began = time.perf_counter()
 
-def _said(reason: str, message: str) -> Row:
-    """A stage's words as they are committed: whatever library they come from, without secrets."""
-    return {"reason": sentence(reason), "message": sentence(message)}
+    def __enter__(self) -> None:
+        pass
 
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            self._wait()
+            if self._done and (kind is None or issubclass(kind, Exception)):
+                self._commit(self._done, self._counts, self._seconds)
+        finally:
+            self._pool.shutdown()
 
-def _added(stage: AnyStage, row: Row) -> Row:
-    try:
-        return {name: row[name] for name in stage.adds.names}
-    except KeyError as error:
-        raise StageBug(f"{stage.name} declares a column {error} and left it out") from error
+    def _wait(self) -> None:
+        if self._running is not None:
+            running, self._running = self._running, None
+            self._view = running.result()
 
-
-def _tally(new: pa.Table) -> Counts:
-    """Counts of inputs settled: the parts of a split are one."""
-    parents = new.column("parent_id")
-    if parents.null_count < len(parents):
-        ids = pc.coalesce(parents, new.column("clip_id")).combine_chunks()
-        new = new.take(pa.array(first_of_each(ids)))
-    return tally(*(new.column(c).combine_chunks() for c in ("outcome", "reason")))
+    def _commit(self, done: list[pa.Table], counts: Counts, seconds: dict[str, float]) -> UnitView:
+        view = _commit(self._view, self._stage, self._model, done, seconds)
+        self._watch.committed(counts)
+        return view
 
 
 def _commit(
@@ -316,14 +316,12 @@ class _Clock:
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds
-        self._start = self._last = time.perf_counter()
-        self._ends: dict[str, float] = {}
-
-    def since(self, phase: str) -> float:
-        """Seconds since the last lap of that phase, or since the start."""
-        return time.perf_counter() - self._ends.get(phase, self._start)
+        self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        now = self._ends[phase] = time.perf_counter()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+        now = time.perf_counter()
+        self.add(phase, now - self._last)
         self._last = now
+
+    def add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

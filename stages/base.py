@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
@@ -68,6 +69,30 @@ def on_alive(listener: Callable[[], None]) -> None:
     """Sets who hears `alive` in this process: whoever watches over the worker."""
     global _listener
     _listener = listener
+
+
+def _unspent(phase: str, seconds: float) -> None:
+    """Nobody adds up."""
+
+
+_spender: Callable[[str, float], None] = _unspent
+
+
+def spent(phase: str, seconds: float) -> None:
+    """Says what some of the time within `stream` went into: `wait`, where its model had nothing to
+    do. It stands in the receipt beside what the unit's run measures by itself."""
+    _spender(phase, seconds)
+
+
+@contextmanager
+def spending(listener: Callable[[str, float], None]) -> Iterator[None]:
+    """Sets who hears `spent` within the block."""
+    global _spender
+    before, _spender = _spender, listener
+    try:
+        yield
+    finally:
+        _spender = before
 
 
 class _Speed:
@@ -141,7 +166,7 @@ class Stage(ABC, Generic[S, Model]):
     carries: Sequence[str] = ()
     adds: pa.Schema = pa.schema([])
     after: Sequence[str] = ()
-    splits: ClassVar[bool] = False  # may answer a row with a list of rows
+    splits: bool = False  # may answer a row with a list of rows
     default_batch: ClassVar[int] = 16
     default_resources: ClassVar[Resources] = Resources()
     default_time_limit: ClassVar[float | None] = None  # only for stages that call `alive`
@@ -161,6 +186,19 @@ class Stage(ABC, Generic[S, Model]):
         Python rows may override it, and answer with a table as long as the batch: the columns that
         it adds and, unless it keeps every row, `outcome`, `reason` and `message`."""
         return self.process(table.to_pylist(), model)
+
+    def stream(
+        self, batches: Iterator[pa.Table], model: Model
+    ) -> Generator[tuple[int, Sequence[Outcome] | pa.Table]]:
+        """Answers batches, each by its number (from 0) in the order in which they come.
+
+        A stage that gets rows ready while its model works overrides this: it may take some batches
+        further before it answers one, and answer in another order. Taken and not answered, rows are
+        in flight: a death of the worker is blamed on them, and they are computed again. `batches`
+        is to be asked in the thread that this runs in.
+        """
+        for number, batch in enumerate(batches):
+            yield number, self.process_table(batch, model)
 
     def setup(self) -> Model:
         """Loads what `process` needs, once per worker. Raises StageError with a remedy."""

@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow as pa
+
 from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
@@ -135,11 +137,14 @@ class _Supervisor:
         supervisor = self
 
         class Supervised(Watch):
-            def begin(self, ids: Sequence[str]) -> None:
-                supervisor.send("begin", list(ids))
+            def begin(self, ids: pa.ChunkedArray) -> None:
+                supervisor.send("begin", ids.to_pylist())
 
-            def committed(self) -> None:
-                supervisor.send("committed")
+            def through(self, ids: pa.ChunkedArray) -> None:
+                supervisor.send("through", ids.to_pylist())
+
+            def committed(self, counts: Counts) -> None:
+                supervisor.send("committed", asdict(counts))
 
             def stopping(self) -> bool:
                 # Nothing but the wish to stop, or the end, comes while a unit is being processed.

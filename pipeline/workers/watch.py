@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
+from manifests.log import Counts
 from stages.base import Failed
+
+Places = Sequence[int]  # of rows, among those that are pending
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,14 @@ class Watch:
     apart: Sequence[Sequence[str]] = ()
     condemned: Mapping[str, Verdict] = field(default_factory=dict)
 
-    def begin(self, ids: Sequence[str]) -> None:
-        """`process` is about to get these clips. They are through once their rows are settled."""
+    def begin(self, ids: pa.ChunkedArray) -> None:
+        """The stage is about to get these clips: from now on they are in flight."""
 
-    def committed(self) -> None:
-        """All that was settled until now is committed."""
+    def through(self, ids: pa.ChunkedArray) -> None:
+        """These clips are in flight no more: they are settled."""
+
+    def committed(self, counts: Counts) -> None:
+        """Rows that were settled are committed, these many."""
 
     def stopping(self) -> bool:
         """Whether to commit what is done and leave the rest pending."""
@@ -45,29 +53,19 @@ class Watch:
 UNWATCHED = Watch()
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows, by their places among the pending ones, that are settled together."""
-
-    places: Sequence[int]
-    condemned: bool = False
-
-
-def batches(ids: Sequence[str], size: int, watch: Watch) -> Iterator[Batch]:
-    """All of `ids` once, in batches of at most `size`: first the condemned, then the groups that
-    stand apart, so that a death among them costs no finished work, then the rest in its order."""
+def lanes(ids: Sequence[str], size: int, watch: Watch) -> Iterator[Iterator[Places]]:
+    """The places of all of `ids` that are not condemned, each once, in batches of at most `size`.
+    The batches of one lane may be in flight together. The groups that stand apart have each a lane
+    of their own, and come first, so that a death among them costs no finished work."""
     if not watch.apart and not watch.condemned:
-        yield from _cut(range(len(ids)), size)
+        yield _cut(range(len(ids)), size)
         return
-    condemned = [i for i, clip in enumerate(ids) if clip in watch.condemned]
-    if condemned:
-        yield Batch(condemned, condemned=True)
     place = {clip: i for i, clip in enumerate(ids) if clip not in watch.condemned}
     for group in watch.apart:
-        yield from _cut([i for clip in group if (i := place.pop(clip, None)) is not None], size)
-    yield from _cut(list(place.values()), size)
+        yield _cut([i for clip in group if (i := place.pop(clip, None)) is not None], size)
+    yield _cut(list(place.values()), size)
 
 
-def _cut(places: Sequence[int], size: int) -> Iterator[Batch]:
+def _cut(places: Places, size: int) -> Iterator[Places]:
     for start in range(0, len(places), size):
-        yield Batch(places[start : start + size])
+        yield places[start : start + size]

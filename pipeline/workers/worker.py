@@ -26,7 +26,8 @@ from typing import Any, Protocol
 from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
-from pipeline.unit import WHOLE, AnyStage, OnRows, Part, Receipt, Retry, run_unit
+from pipeline.settle import AnyStage
+from pipeline.unit import WHOLE, OnRows, Part, Receipt, Retry, run_unit
 from pipeline.workers.suspects import Death, Suspects
 from pipeline.workers.watch import Watch
 
@@ -204,7 +205,7 @@ class _Attempt:
     def __init__(self, child: _Child, job: Job, driver: Driver) -> None:
         self._child, self._job, self._driver = child, job, driver
         self._name = job.stage.name
-        self._ids: list[str] = []
+        self._ids: dict[str, None] = {}  # in flight, in the order in which they were taken
         self._tried = False
         self._open = Counts()  # told to the driver and not committed yet
         self._heard = time.monotonic()
@@ -248,14 +249,17 @@ class _Attempt:
         what, value = json.loads(connection.recv_bytes())
         self._heard = time.monotonic()
         if what == "begin":
-            self._ids, self._tried = value, True
+            self._ids |= dict.fromkeys(value)
+            self._tried = True
         elif what == "rows":
-            self._ids = []
             counts = Counts(**value)
             self._open += counts
             self._driver.rows(self._name, counts)
+        elif what == "through":
+            for clip in value:
+                self._ids.pop(clip, None)  # the condemned never were
         elif what == "committed":
-            self._open = Counts()
+            self._open += _taken_back(Counts(**value))
         elif what == "receipt":
             counts = Counts(**value["counts"])
             return Receipt(**{**value, "stage": self._name, "counts": counts})
@@ -264,7 +268,7 @@ class _Attempt:
     def _ended(self, death: Death, given_up: bool = False) -> _Ended:
         if self._open.total:
             self._driver.rows(self._name, _taken_back(self._open))
-        return _Ended(death, self._ids, self._tried, given_up)
+        return _Ended(death, list(self._ids), self._tried, given_up)
 
 
 def _taken_back(counts: Counts) -> Counts:

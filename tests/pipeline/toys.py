@@ -19,11 +19,11 @@ from stages.base import (
     Outcome,
     Rejected,
     Row,
-    Sampling,
     Speed,
     Stage,
     StageSettings,
 )
+from stages.media.sampling import Sampling
 
 
 class LengthSettings(StageSettings):

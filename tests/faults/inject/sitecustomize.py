@@ -93,7 +93,7 @@ def patch_log(module):
 
 
 def patch_unit(module):
-    run_unit, batches = module.run_unit, module.batches
+    run_unit, lanes = module.run_unit, module.lanes
     now = {}
 
     def noted(store, dag, stage, model, unit, *rest, **named):
@@ -104,13 +104,15 @@ def patch_unit(module):
         return receipt
 
     def logged(ids, size, watch):
-        for batch in batches(ids, size, watch):
-            if not batch.condemned:
-                for place in batch.places:
+        def noted_too(lane):
+            for places in lane:
+                for place in places:
                     note("row", now["stage"], now["unit"], ids[place])
-            yield batch
+                yield places
 
-    module.run_unit, module.batches = noted, logged
+        yield from map(noted_too, lanes(ids, size, watch))
+
+    module.run_unit, module.lanes = noted, logged
 
 
 PATCHES = {
