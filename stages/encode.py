@@ -26,8 +26,8 @@ from stages.base import (
     spent,
 )
 from stages.files import CARRIED, clip_file
-from stages.media.frames import Clip, TooShort, VideoError, read_clip
-from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings
+from stages.media.frames import Clip, TooShort, read_clip
+from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, VideoError
 from stages.models import folder_sha256, model_identity, resolve
 from stages.vae.batches import Answer, Gathered, Waiting
 from stages.vae.vae import Vae, shape_of
