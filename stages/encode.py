@@ -226,13 +226,11 @@ class Flight:
         import numpy as np
         import torch
 
-        began = time.perf_counter()
         frames = torch.from_numpy(np.stack([each.clip.frames for each in batch]))
         settings = self._settings
         latents = self._model.encode(frames, settings.pictures, settings.moments)
         self.land()
         self._flying = list(zip(batch, latents, strict=True))
-        spent("model", time.perf_counter() - began)
 
     def land(self) -> None:
         for waiting, latents in self._flying:
