@@ -67,6 +67,7 @@ class Encode(Stage[EncodeSettings, Vae]):
     """Latents of each clip (`manifests.shards.LATENTS`), batched across clips."""
 
     name = "encode"
+    version = 2  # 2: chroma as fine as luma
     Settings = EncodeSettings
     reads = ("content", "start", "end")
     carries = CARRIED
