@@ -25,8 +25,9 @@ from stages.base import (
 from stages.files import CARRIED, clip_file
 from stages.media.frames import Clip, TooShort, VideoError, read_clip
 from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings
-from stages.models import folder_sha256, model_identity, resolve
-from stages.vae.vae import Vae, shape_of
+from stages.models import model_identity, resolve
+from stages.vae.families import shape_of
+from stages.vae.vae import Encoded, Options, Vae
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,18 @@ class EncodeSettings(DecodingSettings):
     device: Speed[str] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     pictures: Speed[int] = Field(
         64, ge=1, description="frames that go through a picture VAE at once"
+    )
+    channels_last: Speed[bool | None] = Field(
+        None, description="memory format of the VAE; default: for picture VAEs, not for video VAEs"
+    )
+    compile: Speed[bool] = Field(
+        False, description="torch.compile: a minute or more a worker at its start, then faster"
+    )
+    slicing: Speed[bool] = Field(
+        False, description="a batch goes through the VAE clip by clip: less memory, slower"
+    )
+    tiling: bool = Field(
+        False, description="large pictures in overlapping tiles: less memory, other latents"
     )
     threads: Speed[int] = Field(1, ge=1, description="decoding threads beside the VAE")
 
@@ -98,19 +111,15 @@ class Encode(Stage[EncodeSettings, Vae]):
         shape_of(self.folder()).check(sampling.frames, sampling.height, sampling.width)
 
     def setup(self) -> Vae:
-        import torch
-
         s = self.settings
-        device = s.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Vae(self.folder(), s.dtype, device)
+        options = Options(s.pictures, s.channels_last, s.compile, s.slicing, s.tiling)
+        return Vae(self.folder(), s.dtype, s.device, options)
 
     def metadata(self, model: Vae) -> dict[str, Any]:
         spec = LatentSpec(
             vae=self.settings.vae,
             vae_class=model.shape.class_name,
-            vae_sha256=folder_sha256(Path(self.folder())),
+            vae_sha256=model.sha256,
             fingerprint=self.fingerprint,
             moments=self.settings.moments and model.family.posterior,
             channels=model.channels,
@@ -165,23 +174,28 @@ class Encode(Stage[EncodeSettings, Vae]):
     def _encode(
         self, ready: list[tuple[int, Clip]], model: Vae, outcomes: list[Outcome | None]
     ) -> None:
-        import numpy as np
-        import torch
+        clips = [clip for _, clip in ready]
+        launched = self._launch(clips, model)
+        for (i, _), outcome in zip(ready, self._fetch(clips, launched, model), strict=True):
+            outcomes[i] = outcome
 
-        frames = torch.from_numpy(np.stack([clip.frames for _, clip in ready]))
-        moments = self.settings.moments
-        latents = model.encode(frames, self.settings.pictures, moments)
-        for (i, clip), one in zip(ready, latents, strict=True):
-            outcomes[i] = (
-                one
-                if isinstance(one, Failed)
-                else {
-                    "latents": raw_bytes(one),
-                    "latents_shape": list(one.shape),
-                    "latents_dtype": str(one.dtype).removeprefix("torch."),
-                    "frame_times": [float(t) for t in clip.times],
-                }
-            )
+    def _launch(self, clips: Sequence[Clip], model: Vae) -> Encoded:
+        """Has the VAE begin with clips of one shape. On CUDA it does not wait for it."""
+        return model.encode(model.batch([clip.frames for clip in clips]), self.settings.moments)
+
+    def _fetch(self, clips: Sequence[Clip], launched: Encoded, model: Vae) -> list[Row | Failed]:
+        """The rows of these clips, once their latents are there."""
+        return [
+            one
+            if isinstance(one, Failed)
+            else {
+                "latents": raw_bytes(one),
+                "latents_shape": list(one.shape),
+                "latents_dtype": str(one.dtype).removeprefix("torch."),
+                "frame_times": [float(t) for t in clip.times],
+            }
+            for clip, one in zip(clips, model.fetch(launched), strict=True)
+        ]
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
