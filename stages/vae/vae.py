@@ -89,7 +89,7 @@ class Vae:
         self._halving = Halving()
         self._copies = None
         if self.device.type == "cuda":
-            self._copies = torch.cuda.Stream(self.device)
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             if self.dtype == torch.float32:
                 # float32 means it: by default convolutions round their factors to 11 bits (TF32).
                 torch.backends.cudnn.allow_tf32 = False
@@ -108,6 +108,20 @@ class Vae:
                 form = flat if weight.dim() == 4 else solid
                 weight.data = weight.data.contiguous(memory_format=form)
         return solid if self.family.video else flat
+
+    @property
+    def decoding_threads(self) -> int:
+        """Threads that decode beside this VAE by default: as many as this process has cores, where
+        the VAE takes none of them."""
+        import torch
+
+        return 1 if self.device.type == "cpu" else torch.get_num_threads()
+
+    def idle(self) -> bool:
+        """Whether all that was launched is done."""
+        import torch
+
+        return self.device.type != "cuda" or torch.cuda.current_stream(self.device).query()
 
     @property
     def sha256(self) -> str:
@@ -156,7 +170,7 @@ class Vae:
                 parts = self._halving(latents, every, size, shape[1:])
         arrived = None
         if self._copies is not None:
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(torch.cuda.current_stream(self.device))
         return Encoded(parts, frames, arrived)
 
@@ -216,7 +230,9 @@ class Vae:
         import torch
 
         def frames(part: torch.Tensor) -> torch.Tensor:
-            x = self.module.decode(part.to(self.device), **self._temb(len(part))).sample
+            x: torch.Tensor = self.module.decode(
+                part.to(self.device), **self._temb(len(part))
+            ).sample
             return x.float().clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).cpu()
 
         shift, scale = (torch.tensor(v).view(-1, 1, 1, 1) for v in (self.shift, self.scale))

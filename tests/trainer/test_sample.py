@@ -22,8 +22,11 @@ def config(
     objective: Kind = "flow", vae_class: str = "AutoencoderKL", temporal: int = 1
 ) -> ModelConfig:
     latents = {
-        **{"vae_class": vae_class, "vae": "vaes/tiny", "temporal": temporal},
-        **{"shift": [1.0] * 4, "scale": [0.5] * 4},
+        "vae_class": vae_class,
+        "vae": "vaes/tiny",
+        "temporal": temporal,
+        "shift": [1.0] * 4,
+        "scale": [0.5] * 4,
     }
     return ModelConfig(
         model=DiTSettings(),
