@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from manifests.shards import LATENTS, LatentSpec
 from stages.ahead import ahead
@@ -31,6 +31,7 @@ from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, Video
 from stages.models import model_identity, resolve
 from stages.vae.batches import Answer, Gathered, Waiting
 from stages.vae.families import shape_of
+from stages.vae.trial import MOST
 from stages.vae.vae import Encoded, Options, Vae
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 
 Decoded = Clip | Rejected | Failed
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
 
 
 class EncodeSettings(DecodingSettings):
@@ -48,6 +53,11 @@ class EncodeSettings(DecodingSettings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the VAE and of the latents as stored"
+    )
+    batch_size: Annotated[Speed[int | None], BeforeValidator(_auto)] = Field(
+        None,
+        ge=1,
+        description="clips given to the VAE at once; auto: 1 on a CPU, found by trial on a GPU",
     )
     moments: bool = Field(True, description="keep mean and log-variance; false: the mean alone")
     device: Speed[str] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
@@ -86,7 +96,6 @@ class Encode(Stage[EncodeSettings, Vae]):
     carries = CARRIED
     adds = LATENTS
     after = ("filter",)
-    default_batch = 1
     default_time_limit = 900.0  # a video VAE takes minutes for a long clip on a CPU
     transient = READING_MAY_PASS
     default_resources = Resources(cpus=1)
@@ -155,7 +164,7 @@ class Encode(Stage[EncodeSettings, Vae]):
     def _streamed(self, rows: Iterable[Row], model: Vae) -> Generator[tuple[int, Outcome]]:
         """The outcomes of rows by their numbers. Threads decode ahead of the VAE; batches are made
         in the rows' order, so they are the same each time."""
-        size = self.settings.batch_size or self.default_batch
+        size, most = self._batch(model)
         threads = self.settings.threads or model.decoding_threads
         answers: dict[int, Answer] = {}
 
@@ -169,7 +178,7 @@ class Encode(Stage[EncodeSettings, Vae]):
             self._read,
             lambda clip: clip.frames.nbytes if isinstance(clip, Clip) else 0,
             threads=threads,
-            depth=threads + 2 * size,
+            depth=threads + 2 * most,
             most=self.settings.ahead,
         )
         gathered, flight = Gathered(size, self.settings.ahead), Flight(self, model)
@@ -188,6 +197,13 @@ class Encode(Stage[EncodeSettings, Vae]):
             flight.launch(batch)
         flight.land()
         yield from self._whole(answers)
+
+    def _batch(self, model: Vae) -> tuple[Callable[[tuple[int, ...]], int], int]:
+        """How many clips of a shape the VAE gets at once, and the most that may be."""
+        chosen = self.settings.batch_size
+        if chosen is not None:
+            return lambda shape: chosen, chosen
+        return model.best_batch, 1 if model.device.type == "cpu" else MOST
 
     def _whole(self, answers: dict[int, Answer]) -> Iterator[tuple[int, Outcome]]:
         """Takes the answers that are complete out of `answers`."""

@@ -7,7 +7,7 @@ stands in `stages.vae.families`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
 from stages.models import folder_sha256
+from stages.remember import remembered
 from stages.vae.families import channels_of, constants_of, scaling_of, shape_of
 from stages.vae.halving import Halving, whole
+from stages.vae.trial import best_batch
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +89,7 @@ class Vae:
         if options.compile:
             self.module.encoder.compile()
         self._halving = Halving()
+        self._best: dict[tuple[int, ...], int] = {}
         self._copies = None
         if self.device.type == "cuda":
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -192,6 +195,38 @@ class Vae:
             clips.append(one)
         return clips
 
+    def best_batch(self, shape: tuple[int, ...]) -> int:
+        """How many clips of this shape (F, H, W, 3) to encode at once: 1 on a CPU, where more
+        bring nothing; else what a trial shows, once for each kind of device and VAE."""
+        if self.device.type == "cpu":
+            return 1
+        if shape not in self._best:
+            self._best[shape] = self.tried_batch(shape)
+        return self._best[shape]
+
+    def tried_batch(self, shape: tuple[int, ...]) -> int:
+        """The same, tried on whatever device this is, or remembered."""
+        import numpy as np
+        import torch
+
+        clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+        def run(clips: int) -> bool:
+            kept, self._halving = self._halving, Halving()
+            try:
+                found = self.fetch(self.encode(self.batch([clip] * clips), True))
+                return not self._halving.most and not any(_no_room(one) for one in found)
+            finally:
+                self._halving = kept
+
+        on: list[Any] = [self.device.type, torch.__version__]
+        if self.device.type == "cuda":
+            known = torch.cuda.get_device_properties(self.device)
+            on += [known.name, known.total_memory]
+        how = [str(self.dtype), asdict(self.options)]
+        key = ["batch", self.sha256, list(shape), *how, *on]
+        return int(remembered(key, lambda: best_batch(run)))
+
     def _moved(self, part: torch.Tensor) -> torch.Tensor:
         """A batch of bytes on the device. On CUDA it is copied while the device computes."""
         import torch
@@ -257,6 +292,10 @@ class Vae:
         if not self.module.config.get("timestep_conditioning"):
             return {}
         return {"temb": torch.zeros(clips, device=self.device, dtype=self.dtype)}
+
+
+def _no_room(latents: torch.Tensor | Failed) -> bool:
+    return isinstance(latents, Failed) and latents.error == "out_of_memory"
 
 
 def usable(device: str) -> torch.device:
