@@ -33,7 +33,17 @@ from pipeline.dag import Pipeline
 from pipeline.errors import RunError
 from pipeline.plan import Plan
 from pipeline.report import Reporter
-from pipeline.resources import Offer, Pass, Workers, cores, passes, share, usable_gpus
+from pipeline.resources import (
+    PART_ROWS,
+    Offer,
+    Pass,
+    Workers,
+    cores,
+    cut,
+    passes,
+    share,
+    usable_gpus,
+)
 from pipeline.tally import Tally, outcomes
 from pipeline.unit import Receipt, Retry
 from pipeline.workers import stop
@@ -46,10 +56,6 @@ TASK_RETRIES, WORKER_RESTARTS = 2, 3
 # Only names of units pass through the object store.
 OBJECT_STORE_BYTES = 128 << 20
 POLL_SECONDS = 0.5
-# Where models are at work units travel in parts of about so many rows, enough to keep all at work.
-PART_ROWS = 256
-# Units or parts that each worker gets at least, where there are enough: the last ones end together.
-ROUNDS = 4
 # Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
 STOP_SECONDS = 6.0
 
@@ -130,7 +136,7 @@ def run(
     settings = pipeline.config.run
     with cluster(settings, pipeline.config.base, report) as offer:
         active = [name for name in stages if plan.stages[name].units]
-        parts = -(-plan.unit_rows // PART_ROWS)
+        parts = -(-plan.unit_rows // PART_ROWS[0])
         workers = {
             name: share(pipeline.stages[name], offer, len(plan.stages[name].units) * parts)
             for name in active
@@ -141,12 +147,12 @@ def run(
                 if explain:
                     report.note(_spread(number, part, workers))
                 wanted = {unit for name in part.stages for unit in plan.stages[name].units}
-                cut = _cut([workers[name] for name in part.stages], len(wanted), parts)
+                pieces = cut([workers[name] for name in part.stages], len(wanted), plan.unit_rows)
                 work = [
-                    (unit, number, cut)
+                    (unit, number, pieces)
                     for unit in plan.units
                     if unit in wanted
-                    for number in range(cut)
+                    for number in range(pieces)
                 ]
                 for start in range(0, len(work), WAVE_UNITS):
                     if stop.asked():
@@ -154,14 +160,6 @@ def run(
                     wave = work[start : start + WAVE_UNITS]
                     faults += _run_wave(pipeline, part, workers, wave, retry, tally)
         return faults
-
-
-def _cut(workers: Sequence[Workers], units: int, parts: int) -> int:
-    """Into how many parts units are cut: as many as they have where a model is at work, and else
-    only so that no worker is without one: reading and committing have their price."""
-    if any(each.actor for each in workers):
-        return parts
-    return min(parts, -(-ROUNDS * max(each.count for each in workers) // units))
 
 
 def _spread(number: int, part: Pass, workers: Mapping[str, Workers]) -> str:

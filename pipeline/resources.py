@@ -19,6 +19,13 @@ from stages.base import Stage
 
 AnyStage = Stage[Any, Any]
 GIB = 1 << 30
+# Where models are at work units travel in parts of so many rows, at least and at most: few enough
+# to keep all workers at work, and many, as a part's beginning and end leave its model waiting.
+PART_ROWS = (256, 2048)
+# Units or parts that each worker gets at least, where there are enough: the last ones end together.
+ROUNDS = 4
+# Of all cores, for the workers that have a GPU.
+CPU_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -48,26 +55,37 @@ class Workers:
 def share(stage: AnyStage, offer: Offer, units: int) -> Workers:
     """How many workers a stage gets, if it has the whole offer. Raises ConfigError."""
     asked = stage.resources
-    gpus = asked.gpus
+    cpus, gpus = asked.cpus, asked.gpus
     if stage.settings.gpus is None and stage.accelerated and offer.gpus >= 1:
         gpus = 1.0
-    for kind, per_worker, there in (("cpus", asked.cpus, offer.cpus), ("gpus", gpus, offer.gpus)):
+    if gpus and stage.settings.cpus is None:
+        # They get rows ready for their GPU; the rest of the cores is for the stages before it.
+        cpus = max(cpus, float(int(CPU_SHARE * offer.cpus * gpus / offer.gpus)))
+    for kind, per_worker, there in (("cpus", cpus, offer.cpus), ("gpus", gpus, offer.gpus)):
         if per_worker > there:
             raise ConfigError(
                 f"{stage.name}: one worker takes {per_worker:g} {kind} and there are {there:g}: "
                 f"set {stage.name}.{kind} lower, or run on a larger machine with --address"
             )
-    fits = int(offer.gpus // gpus) if gpus else int(offer.cpus // asked.cpus)
+    fits = int(offer.gpus // gpus) if gpus else int(offer.cpus // cpus)
     count = asked.workers or max(1, min(fits, units))
     if asked.workers and stage.loads_model and asked.workers > fits:
-        kind, per_worker, there = (
-            ("gpus", gpus, offer.gpus) if gpus else ("cpus", asked.cpus, offer.cpus)
-        )
+        kind, per_worker, there = ("gpus", gpus, offer.gpus) if gpus else ("cpus", cpus, offer.cpus)
         raise ConfigError(
             f"{stage.name}: {asked.workers} workers of {per_worker:g} {kind} don't fit in "
             f"{there:g} {kind}: lower {stage.name}.workers or {stage.name}.{kind}"
         )
-    return Workers(count, asked.cpus, gpus, asked.memory, stage.loads_model)
+    return Workers(count, cpus, gpus, asked.memory, stage.loads_model)
+
+
+def cut(workers: Sequence[Workers], units: int, rows: int) -> int:
+    """Into how many parts `units` of up to `rows` rows are cut: where no model is at work only so
+    that no worker is without one, as reading and committing have their price."""
+    least, most = PART_ROWS
+    if any(each.actor for each in workers):
+        each_gets = rows * units // (ROUNDS * max(w.count for w in workers if w.actor))
+        return -(-rows // min(most, max(least, each_gets)))
+    return min(-(-rows // least), -(-ROUNDS * max(each.count for each in workers) // units))
 
 
 @dataclass(frozen=True)

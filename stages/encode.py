@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
 from pydantic import Field
 
 from manifests.shards import LATENTS, LatentSpec
+from stages.ahead import ahead
 from stages.base import (
     Failed,
     Named,
@@ -21,18 +23,20 @@ from stages.base import (
     Speed,
     Stage,
     alive,
+    spent,
 )
 from stages.files import CARRIED, clip_file
-from stages.media.frames import Clip, TooShort, VideoError, read_clip
-from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings
+from stages.media.frames import Clip, TooShort, read_clip
+from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, VideoError
 from stages.models import folder_sha256, model_identity, resolve
+from stages.vae.batches import Answer, Gathered, Waiting
 from stages.vae.vae import Vae, shape_of
 
 if TYPE_CHECKING:
     import torch
 
-# Decoded clips that wait for the VAE, beside the batch that it has: bounds a worker's memory.
-CLIPS_AHEAD = 4
+
+Decoded = Clip | Rejected | Failed
 
 
 class EncodeSettings(DecodingSettings):
@@ -49,7 +53,14 @@ class EncodeSettings(DecodingSettings):
     pictures: Speed[int] = Field(
         64, ge=1, description="frames that go through a picture VAE at once"
     )
-    threads: Speed[int] = Field(1, ge=1, description="decoding threads beside the VAE")
+    threads: Speed[int | None] = Field(
+        None,
+        ge=1,
+        description="decoding threads beside the VAE; default: the worker's cores, 1 on a CPU",
+    )
+    ahead: Speed[int] = Field(
+        1 << 30, ge=1, description="bytes of decoded frames that may wait for the VAE"
+    )
 
 
 class Encode(Stage[EncodeSettings, Vae]):
@@ -68,12 +79,8 @@ class Encode(Stage[EncodeSettings, Vae]):
 
     @property
     def batch_size(self) -> int:
-        """Rows given to process: several batches, so that decoding runs ahead of the VAE."""
-        return max(16, 4 * self._vae_batch)
-
-    @property
-    def _vae_batch(self) -> int:
-        return self.settings.batch_size or self.default_batch
+        """Rows taken at once: one, as `stream` makes the VAE's batches of what is decoded."""
+        return 1
 
     @property
     def accelerated(self) -> bool:
@@ -124,64 +131,125 @@ class Encode(Stage[EncodeSettings, Vae]):
         return {"spec": spec.to_json()}
 
     def process(self, rows: list[Row], model: Vae) -> list[Outcome]:
-        outcomes: list[Outcome | None] = [None] * len(rows)
-        ready: list[tuple[int, Clip]] = []
-        for i, clip in enumerate(self._decoded(rows)):
-            if isinstance(clip, Rejected | Failed):
-                outcomes[i] = clip
-                continue
-            ready.append((i, clip))
-            if len(ready) == self._vae_batch:
-                self._encode(ready, model, outcomes)
-                ready = []
-        if ready:
-            self._encode(ready, model, outcomes)
-        return [outcome for outcome in outcomes if outcome is not None]
+        outcomes = dict(self._streamed(rows, model))
+        return [outcomes[number] for number in range(len(rows))]
 
-    def _decoded(self, rows: Sequence[Row]) -> Iterator[Clip | Rejected | Failed]:
-        """The rows' frames in order, decoded by threads a few clips ahead of who takes them."""
-        with ThreadPoolExecutor(self.settings.threads) as pool:
-            waiting = iter(rows)
-            futures = [
-                pool.submit(self._read, r) for r in islice(waiting, CLIPS_AHEAD + self._vae_batch)
-            ]
-            while futures:
-                yield futures.pop(0).result()
-                futures += [pool.submit(self._read, row) for row in islice(waiting, 1)]
+    def stream(
+        self, batches: Iterator[pa.Table], model: Vae
+    ) -> Generator[tuple[int, Sequence[Outcome]]]:
+        rows = (batch.to_pylist()[0] for batch in batches)
+        with closing(self._streamed(rows, model)) as outcomes:
+            for number, outcome in outcomes:
+                yield number, [outcome]
 
-    def _read(self, row: Row) -> Clip | Rejected | Failed:
+    def _streamed(self, rows: Iterable[Row], model: Vae) -> Generator[tuple[int, Outcome]]:
+        """The outcomes of rows by their numbers. Threads decode ahead of the VAE; batches are made
+        in the rows' order, so they are the same each time."""
+        size = self.settings.batch_size or self.default_batch
+        threads = self.settings.threads or model.decoding_threads
+        answers: dict[int, Answer] = {}
+
+        def noted() -> Iterator[Row]:
+            for number, row in enumerate(rows):
+                answers[number] = Answer()
+                yield row
+
+        decoded = ahead(
+            noted(),
+            self._read,
+            lambda clip: clip.frames.nbytes if isinstance(clip, Clip) else 0,
+            threads=threads,
+            depth=threads + 2 * size,
+            most=self.settings.ahead,
+        )
+        gathered, flight = Gathered(size, self.settings.ahead), Flight(self, model)
+        with closing(decoded):
+            for number, clip in self._awaited(decoded, model):
+                answer = answers[number]
+                if isinstance(clip, Clip):
+                    for batch in gathered.add(answer.next(clip)):
+                        flight.launch(batch)
+                elif clip is None:
+                    answer.ended = True
+                else:
+                    answer.verdict = clip
+                yield from self._whole(answers)
+        for batch in gathered.rest():
+            flight.launch(batch)
+        flight.land()
+        yield from self._whole(answers)
+
+    def _whole(self, answers: dict[int, Answer]) -> Iterator[tuple[int, Outcome]]:
+        """Takes the answers that are complete out of `answers`."""
+        for number in [number for number, answer in answers.items() if answer.whole]:
+            made = answers.pop(number).made()
+            yield number, made[0] if isinstance(made, list) else made
+
+    def _awaited(
+        self, decoded: Iterator[tuple[int, Decoded | None]], model: Vae
+    ) -> Iterator[tuple[int, Decoded | None]]:
+        """What was decoded; the time for which the VAE has nothing to do meanwhile is told."""
+        while True:
+            began = time.perf_counter()
+            item = next(decoded, None)
+            if model.idle():
+                spent("wait", time.perf_counter() - began)
+            if item is None:
+                return
+            yield item
+
+    def _read(self, row: Row) -> Generator[Decoded]:
         budget = Budget(self.settings, self.name)
         try:
             with clip_file(row, self.context) as path:
                 sampling = self.context.sampling
-                return read_clip(path, sampling, row["start"], row["end"], budget=budget)
+                clip = read_clip(path, sampling, row["start"], row["end"], budget=budget)
         except TooShort as error:
-            return Rejected("too_short", str(error))
+            yield Rejected("too_short", str(error))
         except VideoError as error:
-            return Failed(error.error, str(error))
+            yield Failed(error.error, str(error))
+        else:
+            yield clip
         finally:
             alive()
 
-    def _encode(
-        self, ready: list[tuple[int, Clip]], model: Vae, outcomes: list[Outcome | None]
-    ) -> None:
+
+class Flight:
+    """The batch that the VAE has: on a GPU it is fetched only when the next one is on its way, so
+    that the device always has something to do."""
+
+    def __init__(self, stage: Encode, model: Vae) -> None:
+        self._settings, self._model = stage.settings, model
+        self._flying: list[tuple[Waiting, torch.Tensor | Failed]] = []
+
+    def launch(self, batch: list[Waiting]) -> None:
         import numpy as np
         import torch
 
-        frames = torch.from_numpy(np.stack([clip.frames for _, clip in ready]))
-        moments = self.settings.moments
-        latents = model.encode(frames, self.settings.pictures, moments)
-        for (i, clip), one in zip(ready, latents, strict=True):
-            outcomes[i] = (
-                one
-                if isinstance(one, Failed)
-                else {
-                    "latents": raw_bytes(one),
-                    "latents_shape": list(one.shape),
-                    "latents_dtype": str(one.dtype).removeprefix("torch."),
-                    "frame_times": [float(t) for t in clip.times],
-                }
+        began = time.perf_counter()
+        frames = torch.from_numpy(np.stack([each.clip.frames for each in batch]))
+        settings = self._settings
+        latents = self._model.encode(frames, settings.pictures, settings.moments)
+        self.land()
+        self._flying = list(zip(batch, latents, strict=True))
+        spent("model", time.perf_counter() - began)
+
+    def land(self) -> None:
+        for waiting, latents in self._flying:
+            waiting.settle(
+                latents if isinstance(latents, Failed) else columns(waiting.clip, latents.cpu())
             )
+        self._flying = []
+
+
+def columns(clip: Clip, latents: torch.Tensor) -> Row:
+    """What is stored of an encoded clip."""
+    return {
+        "latents": raw_bytes(latents),
+        "latents_shape": list(latents.shape),
+        "latents_dtype": str(latents.dtype).removeprefix("torch."),
+        "frame_times": [float(t) for t in clip.times],
+    }
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

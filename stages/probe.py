@@ -12,20 +12,18 @@ from pydantic import Field
 
 from stages.base import Failed, Outcome, Row, Stage, alive
 from stages.files import CARRIED, clip_file
-from stages.media.frames import picks
+from stages.media.picks import picks
 from stages.media.picture import display_matrix, quarter_turned
 from stages.media.sampling import Sampling
+from stages.media.timeline import Timeline, section, timeline
 from stages.media.video import (
     READING_MAY_PASS,
     Budget,
     DecodingSettings,
-    Timeline,
     Video,
     VideoError,
     opened,
     packets,
-    section,
-    timeline,
     translated,
 )
 

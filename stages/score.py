@@ -18,9 +18,9 @@ from pydantic import Field
 from stages.aesthetics import Aesthetics
 from stages.base import Context, Failed, Outcome, Row, Speed, Stage, StageError, alive
 from stages.files import CARRIED, clip_file
-from stages.media.frames import Few, VideoError, sample_few
+from stages.media.few import Few, sample_few
 from stages.media.picture import Pixels
-from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings
+from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, VideoError
 from stages.models import check, model_identity, resolve
 
 if TYPE_CHECKING:

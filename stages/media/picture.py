@@ -31,10 +31,14 @@ class Upright:
         self._scaler = VideoReformatter()  # kept: setting swscale up costs more than a frame
 
     def __call__(self, frame: Any, pixel: float = 1.0) -> Pixels:
-        """`pixel`: width over height of the frame's pixels. Raises VideoError: extreme_shape, for
+        """`frame`: an av.VideoFrame, or RGB uint8 [height, width, 3], which is upright already.
+        `pixel`: width over height of the frame's pixels. Raises VideoError: extreme_shape, for
         a frame that is a mere line, whose scaled picture would take gigabytes."""
+        import av
         from av.video.reformatter import ColorRange, Interpolation
 
+        if isinstance(frame, np.ndarray):
+            frame = av.VideoFrame.from_ndarray(frame, "rgb24")
         matrix = display_matrix(frame)
         swap = quarter_turned(matrix)
         height, width = frame.height, frame.width * pixel

@@ -1,7 +1,7 @@
 """One video opened with PyAV: its stream, its clock, its packets, its faults in words.
 
 The clock: seconds since the start of the container (`ffmpeg -ss` counts so), from presentation
-timestamps. Packets that an edit list hides are not shown, so they are not counted.
+timestamps. When each frame is shown: `stages.media.timeline`.
 """
 
 from __future__ import annotations
@@ -9,27 +9,18 @@ from __future__ import annotations
 import os
 import struct
 import time
-from array import array
-from bisect import bisect_left, bisect_right
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from pydantic import Field
 
 from stages.base import Speed, StageSettings, alive
 
-# Tables write times in milliseconds: a cut less than this before a frame means that frame.
-SNAP = 0.001
 # Ticks up to this are roundings (Matroska 1 ms, QuickTime 1/600 s); longer ones count frames.
 ROUNDED_TICK = 0.002
-# Frames by whose gaps the length of the last one is told where nothing states it.
-LAST = 64
 # Containers that hold what they are about. Others (HLS, DASH, concat, SDP) name further files and
 # addresses, which FFmpeg opens: a downloaded "video" could read any file here.
 FORMATS = ",".join(
@@ -42,8 +33,6 @@ FORMATS = ",".join(
     )
 )
 NO_DECODER = "FFmpeg has no decoder for this video's codec"
-# A day at 60 frames a second. Each takes some 150 bytes while times are worked out.
-MOST_PACKETS = 60 * 60 * 60 * 24
 # Failures of reading a video that may pass: a disk that gives no answer, a machine under load.
 READING_MAY_PASS = ("unreadable_file", "decode_timeout")
 SIGN_OF_LIFE = 1.0  # seconds between two of them within a clip
@@ -72,9 +61,9 @@ class DecodingSettings(StageSettings):
 class Budget:
     """What one clip may take, however often it is opened: seconds from now on, pixels a frame.
 
-    With the packets that are counted (MOST_PACKETS) and a single decoding thread that bounds the
-    memory: a frame of P pixels takes 1.5 P bytes (8-bit 4:2:0) to 6 P (16-bit 4:4:4), and a
-    decoder holds up to 17 of them where the codec asks for it, mostly two or three.
+    With the packets that are counted (`timeline.MOST_PACKETS`) and a single decoding thread that
+    bounds the memory: a frame of P pixels takes 1.5 P bytes (8-bit 4:2:0) to 6 P (16-bit 4:4:4),
+    and a decoder holds up to 17 of them where the codec asks for it, mostly two or three.
     """
 
     def __init__(self, settings: DecodingSettings | None = None, stage: str = "") -> None:
@@ -129,16 +118,6 @@ class Video:
     def frame_seconds(self) -> float:
         """How long the header says that a frame lasts; 1/25 s where it does not say."""
         return 1 / float(self.stream.average_rate or 25)
-
-
-@dataclass
-class Timeline:
-    """When each shown frame of (a part of) a video appears, by its packets. Nothing decoded."""
-
-    times: list[float] = field(default_factory=list)  # ascending
-    end: float = 0.0  # until when the last one is shown
-    packets: int = 0  # hidden ones too
-    first_key: Any = None  # the first key frame's packet
 
 
 @contextmanager
@@ -198,55 +177,6 @@ def opened(path: str, threads: int = 1, budget: Budget | None = None) -> Iterato
             raise translated(error) from error
 
 
-def stamp(video: Video, packet: Any, after: int | None) -> int:
-    """The presentation time of a packet in ticks; by decoding order in a stream without them."""
-    if video.stamped and packet.pts is not None:
-        return int(packet.pts)
-    if packet.dts is not None:
-        return int(packet.dts)
-    return 0 if after is None else after + (packet.duration or 1)
-
-
-def timeline(video: Video, start: float | None = None, end: float | None = None) -> Timeline:
-    """Reads the packets from `start` to `end` (seconds; None: all) and a little around them.
-
-    Raises VideoError: encrypted, decode_error for a container that breaks off.
-    """
-    if start is not None and seek(video, start - 0.5):
-        found = _timeline(video, end)
-        if found.times and found.times[0] <= start + SNAP:
-            return found
-        video.container.seek(-(1 << 62), stream=video.stream)  # it landed late: all of it then
-    return _timeline(video, end)
-
-
-def _timeline(video: Video, end: float | None) -> Timeline:
-    line, tick, origin = Timeline(), video.tick, video.origin
-    shown, final = array("q"), (0, 0)  # eight bytes a frame, as files may claim many
-    last: int | None = None
-    for packet in packets(video, video.stream):
-        if not packet.size:  # the flush at the end, and AVI's "nothing new here"
-            continue
-        line.packets += 1
-        if line.packets > MOST_PACKETS:
-            raise VideoError("too_many_frames", f"the video has more than {MOST_PACKETS} frames")
-        last = stamp(video, packet, last)
-        if packet.is_keyframe:
-            refuse_encrypted(packet)
-            line.first_key = line.first_key or packet
-        if not packet.is_discard:
-            one = (last, packet.duration or 0)
-            final = max(final, one) if shown else one
-            shown.append(last)
-        # No frame is decoded after it is shown: past `end`, none from before it can follow.
-        if end is not None and packet.dts is not None and packet.dts * tick - origin > end + 0.5:
-            break
-    line.times = [pts * tick - origin for pts in sorted(shown)]
-    if shown:
-        line.end = line.times[-1] + lasting(final[1] * tick, line.times, video)
-    return line
-
-
 def packets(video: Video, *streams: Any) -> Iterator[Any]:
     """Packets as the file has them, of these streams (none: of all), and the flush at the end.
     Raises VideoError: decode_timeout."""
@@ -265,14 +195,6 @@ def refuse_encrypted(packet: Any) -> None:
         raise VideoError("encrypted", "the video is encrypted (DRM): it can't be decoded")
 
 
-def lasting(seconds: float, times: Iterable[float], video: Video) -> float:
-    """How long the last frame is shown: as its packet says, else as long as those before it."""
-    if seconds > 0:
-        return seconds
-    gaps = [b - a for a, b in pairwise(deque(times, LAST))]
-    return median(gaps) if gaps else video.frame_seconds
-
-
 def seek(video: Video, seconds: float) -> bool:
     """To the key frame before `seconds`. False where that is the beginning, or can't be done."""
     import av
@@ -284,37 +206,6 @@ def seek(video: Video, seconds: float) -> bool:
     except (av.error.FFmpegError, OSError):
         return False
     return True
-
-
-@dataclass(frozen=True)
-class Section:
-    """The frames first..last-1 that are shown between t0 and t1."""
-
-    first: int
-    last: int
-    t0: float
-    t1: float
-
-
-def section(line: Timeline, start: float | None, end: float | None) -> Section:
-    """The part of a timeline from `start` to `end`. Raises VideoError where it is empty."""
-    times = line.times
-    if not times:
-        raise VideoError("no_frames", "the video has no frames")
-    first = 0 if start is None else max(0, bisect_right(times, start + SNAP) - 1)
-    last = len(times) if end is None else bisect_left(times, end - SNAP)
-    t0 = times[first] if start is None else max(start, times[first])
-    t1 = times[last] if last < len(times) else line.end
-    t1 = t1 if end is None else min(t1, end)
-    if last <= first or t1 <= t0:
-        raise VideoError("empty_section", outside(start, end, line.end))
-    return Section(first, last, t0, t1)
-
-
-def outside(start: float | None, end: float | None, stop: float) -> str:
-    if start is not None and start >= stop - SNAP:
-        return f"the clip starts at {start:.3f} s, where the video has ended: it has {stop:.3f} s"
-    return f"no frame is shown between {start or 0:.3f} s and {end or stop:.3f} s"
 
 
 def translated(error: Exception, opening: str = "") -> VideoError:

@@ -125,6 +125,20 @@ class Vae:
         self.shift, self.scale = _constants(self.module, self.channels)
         self._halving = Halving()
 
+    @property
+    def decoding_threads(self) -> int:
+        """Threads that decode beside this VAE by default: as many as this process has cores, where
+        the VAE takes none of them."""
+        import torch
+
+        return 1 if self.device.type == "cpu" else torch.get_num_threads()
+
+    def idle(self) -> bool:
+        """Whether all that was launched is done."""
+        import torch
+
+        return self.device.type != "cuda" or torch.cuda.current_stream(self.device).query()
+
     def encode(
         self, clips: torch.Tensor, pictures: int, moments: bool
     ) -> list[torch.Tensor | Failed]:

@@ -171,7 +171,8 @@ def test_a_cluster_that_brings_its_workers_is_waited_for(tmp_path: Path) -> None
 def test_large_units_travel_in_parts_where_a_model_is_at_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.ray_data.PART_ROWS", 5)
+    for module in ("ray_data", "resources"):
+        monkeypatch.setattr(f"pipeline.{module}.PART_ROWS", (5, 5))
     captions = [f"clip {i}" if i % 7 else "bad" for i in range(24)]
     made = pipeline(tmp_path, captions, run={"runner": "ray", "unit_size": 12})
     heard = Heard()

@@ -9,7 +9,7 @@ import pytest
 from toys import Length, Limit, Shout, pipeline
 
 from pipeline.config import ConfigError, RunSettings
-from pipeline.resources import Offer, Workers, check_workdir, passes, share, usable_gpus
+from pipeline.resources import Offer, Workers, check_workdir, cut, passes, share, usable_gpus
 from stages.base import Stage
 
 
@@ -33,6 +33,9 @@ def test_workers_fill_the_machine_but_never_outnumber_units(tmp_path: Path) -> N
 def test_a_stage_that_can_takes_one_gpu_a_worker(tmp_path: Path) -> None:
     got = share(stage(tmp_path, OnGpu), Offer(64, 8), 100)
     assert (got.count, got.gpus) == (8, 1.0)
+    assert got.cpus == 6, "three quarters of the cores make its rows ready"
+    assert share(stage(tmp_path, OnGpu, cpus=2), Offer(64, 8), 100).cpus == 2
+    assert share(stage(tmp_path, OnGpu), Offer(8, 8), 100).cpus == 1
     assert share(stage(tmp_path, OnGpu), Offer(4, 0), 100).gpus == 0
     assert share(stage(tmp_path, OnGpu, gpus=0.5), Offer(64, 8), 100).count == 16
 
@@ -58,29 +61,29 @@ def actor(count: int, cpus: float = 1, gpus: float = 0) -> Workers:
     return Workers(count, cpus, gpus, 0, actor=True)
 
 
-def cut(workers: dict[str, Workers], offer: Offer, mode: str = "auto") -> list[tuple[str, ...]]:
+def chained(workers: dict[str, Workers], offer: Offer, mode: str = "auto") -> list[tuple[str, ...]]:
     return [part.stages for part in passes(workers, offer, mode, list(workers))]
 
 
 def test_stages_are_chained_as_far_as_they_fit() -> None:
     two_models = {"probe": task(), "filter": task(), "caption": actor(2), "encode": actor(2)}
-    assert cut(two_models, Offer(2, 0)) == [("probe", "filter"), ("caption",), ("encode",)]
-    assert cut(two_models, Offer(5, 0)) == [("probe", "filter", "caption", "encode")]
-    assert cut(two_models, Offer(5, 0), "pipelined") == [tuple(two_models)]
+    assert chained(two_models, Offer(2, 0)) == [("probe", "filter"), ("caption",), ("encode",)]
+    assert chained(two_models, Offer(5, 0)) == [("probe", "filter", "caption", "encode")]
+    assert chained(two_models, Offer(5, 0), "pipelined") == [tuple(two_models)]
     with pytest.raises(ConfigError, match="side by side take more CPUs than there are"):
-        cut(two_models, Offer(2, 0), "pipelined")
-    assert cut(two_models, Offer(64, 0), "staged") == [(name,) for name in two_models]
+        chained(two_models, Offer(2, 0), "pipelined")
+    assert chained(two_models, Offer(64, 0), "staged") == [(name,) for name in two_models]
 
 
 def test_a_task_behind_actors_that_hold_all_cpus_gets_a_pass_of_its_own() -> None:
     workers = {"probe": task(), "score": actor(2), "filter": task(), "encode": actor(2)}
-    assert cut(workers, Offer(2, 0)) == [("probe",), ("score",), ("filter",), ("encode",)]
+    assert chained(workers, Offer(2, 0)) == [("probe",), ("score",), ("filter",), ("encode",)]
 
 
 def test_two_models_never_share_a_gpu() -> None:
     gpus = {"probe": task(), "caption": actor(1, 1, 1), "encode": actor(1, 1, 1)}
-    assert cut(gpus, Offer(64, 1)) == [("probe", "caption"), ("encode",)]
-    assert cut(gpus, Offer(64, 2)) == [("probe", "caption", "encode")]
+    assert chained(gpus, Offer(64, 1)) == [("probe", "caption"), ("encode",)]
+    assert chained(gpus, Offer(64, 2)) == [("probe", "caption", "encode")]
     why = passes(gpus, Offer(64, 1), "auto", list(gpus))[0].why
     assert "encode beside caption would take more GPUs" in why
 
@@ -90,3 +93,20 @@ def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"can't be written: .*--set workdir"):
         check_workdir(str(tmp_path / "file" / "work"))
+
+
+@pytest.mark.parametrize(
+    ("actors", "count", "units", "rows", "parts"),
+    [
+        (True, 8, 1, 1000, 4),  # not below 256 rows
+        (True, 8, 122, 8192, 4),  # 1M rows: nor above 2048
+        (True, 100, 122, 8192, 4),
+        (True, 100, 12, 8192, 32),
+        (False, 2, 1, 8192, 8),  # none is without work
+        (False, 2, 100, 8192, 1),  # and no more than that
+    ],
+)
+def test_units_are_cut_so_that_all_workers_are_at_work(
+    actors: bool, count: int, units: int, rows: int, parts: int
+) -> None:
+    assert cut([Workers(count, 1, 0, 0, actors)], units, rows) == parts

@@ -10,7 +10,7 @@ from numbered import make
 
 from stages.aesthetics import Aesthetics, head_of, load, predicted
 from stages.base import Context, Failed, StageError
-from stages.media.frames import Few, sample_few
+from stages.media.few import Few, sample_few
 from stages.score import Score, ScoreSettings, luma, measured, sharpness
 
 torch = pytest.importorskip("torch")

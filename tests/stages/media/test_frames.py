@@ -5,6 +5,7 @@ import csv
 import os
 import threading
 from bisect import bisect_right
+from collections.abc import Iterator
 from fractions import Fraction
 from math import floor
 from pathlib import Path
@@ -16,19 +17,16 @@ import numpy as np
 import pytest
 from numbered import ENCRYPTION, make, number, numbers
 
+import stages.media.timeline
 import stages.media.video
 from stages.base import Context
 from stages.files import local_path
-from stages.media.frames import (
-    TooShort,
-    VideoError,
-    picks,
-    read_clip,
-    sample_few,
-    seed_picks,
-)
+from stages.media.few import sample_few
+from stages.media.frames import TooShort, read_clip
+from stages.media.picks import picks, seed_picks
 from stages.media.sampling import Sampling
-from stages.media.video import Budget, DecodingSettings, opened, section, timeline
+from stages.media.timeline import section, timeline
+from stages.media.video import Budget, DecodingSettings, Video, VideoError, opened
 
 NTSC = Fraction(30000, 1001)
 TV = Sampling(fps=16, frames=32, size=64)
@@ -371,7 +369,7 @@ def test_more_packets_than_a_day_has_are_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(make(tmp_path / "a.mp4", 60, 25))
-    monkeypatch.setattr(stages.media.video, "MOST_PACKETS", 59)
+    monkeypatch.setattr(stages.media.timeline, "MOST_PACKETS", 59)
     with pytest.raises(VideoError, match="more than 59 frames") as error, opened(path) as video:
         timeline(video)
     assert error.value.error == "too_many_frames"
@@ -475,3 +473,48 @@ def test_real_broken_files_say_what_is_wrong(shared_data: Path) -> None:
         "broken_no_streams": "not_a_video",
         "novideo_audio_only": "no_video_stream",
     }
+
+
+def test_frames_that_lack_what_they_are_made_from_are_not_counted(tmp_path: Path) -> None:
+    """A recording that begins amid a group of pictures: its first packets give no frames."""
+    path = make(tmp_path / "a.ts", 120, 25, "mpeg2video", bf="2", g="12")
+    data = path.read_bytes()
+    path.write_bytes(data[len(data) // 4 // 188 * 188 :])
+    with opened(str(path)) as video:
+        promised = timeline(video).times
+    clip = read_clip(str(path), TV)
+    shown = numbers(clip.frames)
+    assert shown == [shown[0] + floor(k * 25 / 16 + 1e-5) for k in range(32)]
+    assert clip.times[0] > promised[0]
+    assert clip.times[1] == pytest.approx(clip.times[0] + 0.04)
+
+
+def test_a_container_that_breaks_off_still_gives_what_comes_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(make(tmp_path / "a.mkv", 100, 25, bf="2", g="25"))
+    whole = read_clip(path, TV)
+    read = stages.media.timeline.packets
+
+    def breaking(video: Video, *streams: Any) -> Iterator[Any]:
+        for packet in read(video, *streams):
+            if packet.dts is not None and packet.dts * video.tick > 2.1:
+                raise OSError(5, "Input/output error")
+            yield packet
+
+    monkeypatch.setattr(stages.media.timeline, "packets", breaking)
+    assert read_clip(path, TV).times == whole.times
+    for sampling in (TV.model_copy(update={"frames": 40}), TV.model_copy(update={"frames": 99})):
+        with pytest.raises(VideoError) as error:
+            read_clip(path, sampling)
+        assert error.value.error == "unreadable_file"
+
+
+def test_no_more_packets_are_read_than_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(make(tmp_path / "a.mp4", 250, 25, bf="2", g="25"))
+    monkeypatch.setattr(stages.media.timeline, "MOST_PACKETS", 95)  # 2 s, a little, and a group
+    assert read_clip(path, TV).length == 32
+    assert read_clip(path, TV, 3.0).length == 32
+    assert read_clip(path, TV.model_copy(update={"policy": "seed"})).length == 32

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from numbered import make, picture
 
-from stages.media.frames import read_clip, sample_few
+from stages.media.few import sample_few
+from stages.media.frames import read_clip
 from stages.media.picture import Fit, short_side, turned
 from stages.media.sampling import Sampling
 from stages.media.video import VideoError

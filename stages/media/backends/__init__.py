@@ -1,0 +1,1 @@
+"""Decoders behind one interface (`base.Backend`): chosen frames of a video, by their times."""
