@@ -1,4 +1,4 @@
-"""720p videos as cameras make them: a textured view that pans, a shape that moves across it, grain."""
+"""720p videos as cameras make them: a textured view that pans, a moving shape, grain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHIFT = 2  # pixels that the view pans from one frame to the next
 
 
 def write(folder: Path, clips: int, distinct: int = 6) -> None:
-    """`clips` videos of 4.2 s at 30 fps (h264, veryfast, crf 23: some 5 Mbit/s), with `distinct`
+    """`clips` videos of 4.2 s at 30 fps (h264, veryfast, crf 23: some 1.6 Mbit/s), with `distinct`
     contents: to make them takes longer than to measure."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(clips):

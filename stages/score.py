@@ -60,6 +60,7 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
     """
 
     name = "score"
+    version = 2  # 2: chroma as fine as luma
     Settings = ScoreSettings
     reads = ("content", "start", "end")
     after = ("probe",)  # what probe can't open need not fail twice

@@ -106,13 +106,15 @@ def test_a_clip_beyond_the_limit_fails_and_names_the_setting(name: str, tmp_path
     }
     cls: type[Stage] = builtin()[name]
     context = Context(str(tmp_path), sampling=Sampling(frames=4, size=64))
-    settings = {"decode_seconds": 1e-9, "max_pixels": 64 * 64}
-    vae = SimpleNamespace(decoding_threads=1, idle=lambda: True)
-    model: Any = vae if name == "encode" else None
+    settings: dict[str, Any] = {"decode_seconds": 1e-9, "max_pixels": 64 * 64}
+    if name == "encode":
+        settings |= {"batch_size": 1, "threads": 1}
+    model: Any = SimpleNamespace(idle=lambda: True)  # it does not come so far
     (outcome,) = cls(cls.Settings(**settings), context).process([row], model)
     assert isinstance(outcome, Failed) and outcome.error == "decode_timeout"
     assert f"more than 1e-09 s ({name}.decode_seconds)" in outcome.message
-    (outcome,) = cls(cls.Settings(max_pixels=9), context).process([row], model)
+    settings |= {"decode_seconds": 60, "max_pixels": 9}
+    (outcome,) = cls(cls.Settings(**settings), context).process([row], model)
     assert isinstance(outcome, Failed) and outcome.error == "frame_too_large"
     usual = cls(cls.Settings(), context)
     assert usual.time_limit > usual.settings.decode_seconds

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from stages.media.backends import sparing
 from stages.media.backends.base import OtherFrames, Picture
 from stages.media.timeline import LAST, Enough, Reach, Timeline, lasting, stamp
 from stages.media.video import (
@@ -36,7 +37,13 @@ def decode(
 ) -> Iterator[Picture]:
     """The frames at `times`: a `base.Backend`."""
     for together in runs(times):
-        yield from _chosen(path, together, threads, budget)
+        given = 0
+        try:
+            for picture in sparing.decode(path, together, budget, threads):
+                yield picture
+                given += 1
+        except sparing.Unsure:
+            yield from _chosen(path, together[given:], threads, budget)
 
 
 def runs(times: Sequence[float]) -> list[list[float]]:
