@@ -32,6 +32,9 @@ LATENTS = pa.schema(
         pa.field("latents_shape", pa.list_(pa.int32())),  # (C or 2C, F, H, W)
         pa.field("latents_dtype", pa.string()),  # float32 | float16 | bfloat16
         pa.field("frame_times", pa.list_(pa.float64())),  # seconds, of the frames picked
+        pa.field("latents_fps", pa.float64()),  # the rate that the frames stand for
+        pa.field("window_start", pa.float64()),  # of the part of the video that they stand for,
+        pa.field("window_end", pa.float64()),  # seconds
     ]
 )
 
