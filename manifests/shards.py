@@ -35,6 +35,21 @@ LATENTS = pa.schema(
     ]
 )
 
+# Columns that the embed stage adds. An embedding stands once in a file: in `embedding_row`.
+EMBEDDINGS = pa.schema(
+    [
+        pa.field("embedding", pa.binary()),
+        pa.field("embedding_pooled", pa.binary()),  # CLIP's one vector for the whole caption
+        pa.field("embedding_empty", pa.binary()),  # the empty caption's: in one row of a file
+        pa.field("embedding_shape", pa.list_(pa.int32())),  # (tokens, width)
+        pa.field("embedding_dtype", pa.string()),  # float32 | float16 | bfloat16
+        pa.field("embedding_key", pa.string()),  # hash of caption, encoder, max length, padding
+        pa.field("embedding_row", pa.int32()),  # row of the same file that holds it
+        pa.field("embedding_tokens", pa.int32()),  # the caption's own, at most max_length
+        pa.field("embedding_truncated", pa.bool_()),  # it was longer
+    ]
+)
+
 INDEX = pa.schema(
     [
         pa.field("clip_id", pa.string(), nullable=False),
@@ -42,6 +57,10 @@ INDEX = pa.schema(
         pa.field("shard", pa.string(), nullable=False),  # relative to the workdir
         pa.field("row", pa.int32(), nullable=False),  # row of the shard
         pa.field("shape", pa.list_(pa.int32()), nullable=False),
+        # Of the caption's embedding, all three null where there is no embed stage.
+        pa.field("text_key", pa.string()),
+        pa.field("text_shard", pa.string()),
+        pa.field("text_row", pa.int32()),
     ]
 )
 
@@ -85,6 +104,33 @@ class LatentSpec:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class TextSpec:
+    """What holds for all text embeddings of a shard, and so of an index."""
+
+    encoder: str  # as configured: a folder, a hub id
+    encoder_class: str  # the class of transformers
+    encoder_sha256: str  # of the weights and the configuration
+    fingerprint: str  # of the embed stage
+    column: str  # of the captions
+    max_length: int  # tokens
+    padding: str  # none: a caption's own tokens; max_length: padded to it, and not masked
+    dtype: str
+    width: int  # values of a token
+    empty_tokens: int  # of the empty caption
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TextSpec:
+        """Raises ShardError when a field is missing or unknown."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ShardError(f"the embeddings' metadata is of another version: {error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass(frozen=True, slots=True)
 class Latent:
     """One clip's latents as stored: `shape` values of `dtype`, little-endian, in C order."""
@@ -95,6 +141,19 @@ class Latent:
     dtype: str
 
 
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """One caption's text embedding as stored: `shape` (tokens, width) values of `dtype`,
+    little-endian, row by row. The first `tokens` rows are the caption's own."""
+
+    key: str
+    data: memoryview
+    pooled: memoryview | None
+    shape: tuple[int, ...]
+    dtype: str
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Index:
     """An opened index: `table` has the columns of INDEX, `spec` describes all latents."""
@@ -103,6 +162,19 @@ class Index:
     table: pa.Table
     spec: LatentSpec
     facts: dict[str, Any]  # which columns and stages it was made of
+
+    @property
+    def text(self) -> TextSpec | None:
+        """Describes all text embeddings; None where there are none."""
+        known = self.facts.get("text")
+        return None if known is None else TextSpec.from_json(known)
+
+    def empty_caption(self) -> Embedding | None:
+        """The embedding of the empty caption, which guidance dropout trains on; None where there
+        are no embeddings. Raises ShardError where it is missing."""
+        shards = self.table.column("text_shard").drop_null()
+        spec = self.text
+        return None if spec is None or not len(shards) else _empty(self, shards[0].as_py(), spec)
 
     @classmethod
     def open(cls, url: str) -> Index:
@@ -171,37 +243,79 @@ def read_latents(workdir: str, shard: str, rows: Sequence[int]) -> Iterator[Late
 
     Raises ShardError, naming the shard, where it is missing or damaged.
     """
-    fs, root = fsspec.core.url_to_fs(workdir)
-    path = f"{root}/{shard}"
     columns = ["clip_id", "latents", "latents_shape", "latents_dtype"]
+    for row in _read(workdir, shard, rows, columns):
+        clip, data = row["clip_id"].as_py(), row["latents"]
+        if not data.is_valid:
+            raise ShardError(f"clip {clip} has no latents in its shard: the index is stale")
+        shape = tuple(row["latents_shape"].as_py())
+        yield Latent(clip, memoryview(data.as_buffer()), shape, row["latents_dtype"].as_py())
+
+
+def read_embeddings(workdir: str, shard: str, rows: Sequence[int]) -> Iterator[Embedding]:
+    """The text embeddings at `rows` (ascending) of one shard. The key that must stand there is the
+    index' `text_key`: who reads compares them.
+
+    Raises ShardError, naming the shard, where it is missing or damaged.
+    """
+    columns = [n for n in EMBEDDINGS.names if n != "embedding_empty"]
+    for row in _read(workdir, shard, rows, columns):
+        key, data, pooled = (row[f"embedding{n}"] for n in ("_key", "", "_pooled"))
+        if not data.is_valid:
+            raise ShardError(f"shard {shard} has no embedding {key} in its row: the index is stale")
+        yield Embedding(
+            key=key.as_py(),
+            data=memoryview(data.as_buffer()),
+            pooled=memoryview(pooled.as_buffer()) if pooled.is_valid else None,
+            shape=tuple(row["embedding_shape"].as_py()),
+            dtype=row["embedding_dtype"].as_py(),
+            tokens=row["embedding_tokens"].as_py(),
+        )
+
+
+def _empty(index: Index, shard: str, spec: TextSpec) -> Embedding:
+    with _opened(index.workdir, shard) as parquet:
+        for group in range(parquet.num_row_groups):
+            column = parquet.read_row_group(group, columns=["embedding_empty"]).column(0)
+            for value in column.drop_null():
+                data = memoryview(value.as_buffer())
+                size = {"float32": 4}.get(spec.dtype, 2) * spec.width
+                shape = (len(data) // size, spec.width)
+                return Embedding("", data, None, shape, spec.dtype, spec.empty_tokens)
+    raise ShardError(f"shard {shard} has no embedding of the empty caption")
+
+
+def _read(
+    workdir: str, shard: str, rows: Sequence[int], columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """`columns` of `rows` (ascending) as Arrow scalars, read row group by row group."""
+    with _opened(workdir, shard) as parquet:
+        wanted = iter(rows)
+        row = next(wanted, None)
+        first = 0
+        for group in range(parquet.num_row_groups):
+            last = first + parquet.metadata.row_group(group).num_rows
+            if row is not None and row < last:
+                table = parquet.read_row_group(group, columns=list(columns))
+                while row is not None and row < last:
+                    yield {name: table.column(name)[row - first] for name in columns}
+                    row = next(wanted, None)
+            first = last
+        if row is not None:
+            raise ShardError(f"shard {shard} has {first} rows, row {row} was asked for")
+
+
+@contextlib.contextmanager
+def _opened(workdir: str, shard: str) -> Iterator[pq.ParquetFile]:
+    """Raises ShardError, naming the shard, where it is missing or damaged."""
+    fs, root = fsspec.core.url_to_fs(workdir)
     try:
-        with fs.open(path, "rb") as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
-            wanted = iter(rows)
-            row = next(wanted, None)
-            first = 0
-            for group in range(parquet.num_row_groups):
-                last = first + parquet.metadata.row_group(group).num_rows
-                if row is not None and row < last:
-                    table = parquet.read_row_group(group, columns=columns)
-                    while row is not None and row < last:
-                        yield _latent(table, row - first)
-                        row = next(wanted, None)
-                first = last
-            if row is not None:
-                raise ShardError(f"shard {shard} has {first} rows, row {row} was asked for")
+        with (
+            fs.open(f"{root}/{shard}", "rb") as file,
+            pq.ParquetFile(file, pre_buffer=True) as parquet,
+        ):
+            yield parquet
     except FileNotFoundError as error:
         raise ShardError(f"shard {shard} is missing from {workdir}") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise ShardError(f"shard {shard} in {workdir} is damaged: {error}") from error
-
-
-def _latent(table: pa.Table, row: int) -> Latent:
-    clip, data = table.column("clip_id")[row].as_py(), table.column("latents")[row]
-    if not data.is_valid:
-        raise ShardError(f"clip {clip} has no latents in its shard: the index is stale")
-    return Latent(
-        clip_id=clip,
-        data=memoryview(data.as_buffer()),
-        shape=tuple(table.column("latents_shape")[row].as_py()),
-        dtype=table.column("latents_dtype")[row].as_py(),
-    )

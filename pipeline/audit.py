@@ -34,7 +34,7 @@ from pipeline.audit_across import (
     told_twice,
 )
 from pipeline.dag import Pipeline
-from pipeline.index import caption_column, up_to_date
+from pipeline.index import caption_column, needed, up_to_date
 from pipeline.plan import views
 from pipeline.verify import sha256_of
 
@@ -50,6 +50,7 @@ class _Clip:
     values: dict[str, Any]
     outcomes: dict[str, str] = field(default_factory=dict)
     place: tuple[str, int] | None = None  # of its latents
+    text: str | None = None  # the file of its embedding
 
 
 @dataclass
@@ -127,6 +128,8 @@ def _audit_unit(pipeline: Pipeline, unit: _Unit, result: Audit, quick: bool) -> 
                 result.found(name, "their row is lost, or is another clip's or key's", *lost)
         if name == "encode" and "latents" in layer.adds.names:
             _audit_latents(pipeline, unit, result)
+        if name == "embed" and "embedding" in layer.adds.names:
+            _audit_embeddings(pipeline, unit, result)
 
 
 def _tables(
@@ -225,6 +228,8 @@ def _audit_stage(
                 part.values.update((n, row[n]) for n in layer.adds.names if n in row)
                 if layer.name == "encode":
                     part.place = (file, number)
+                if layer.name == "embed":
+                    part.text = file
     unit.clips = after
     counts = Counts()
     for own, (outcome, reason) in settled.items():
@@ -236,7 +241,7 @@ def _audit_stage(
 def _part(clip: _Clip, splitter: str, row: dict[str, Any]) -> _Clip:
     """A part of a clip that was split; of one that was not kept there is but the clip itself."""
     ids = {**clip.ids, splitter: row["clip_id"]} if row["outcome"] == KEPT else clip.ids
-    return _Clip(ids, dict(clip.values), dict(clip.outcomes), clip.place)
+    return _Clip(ids, dict(clip.values), dict(clip.outcomes), clip.place, clip.text)
 
 
 def _by_id_and_key(
@@ -286,35 +291,65 @@ def _audit_latents(pipeline: Pipeline, unit: _Unit, result: Audit) -> None:
         if clip.outcomes.get("encode") == KEPT and clip.place is not None:
             wanted.setdefault(clip.place[0], {})[clip.place[1]] = clip
     for file, clips in wanted.items():
-        try:
-            with pipeline.store.opened(file) as opened:
-                lengths = list(_lengths(pq.ParquetFile(opened)))
-        except (FileNotFoundError, StoreError, pa.ArrowException, OSError):
-            result.found("encode", "a file that counts is missing or can't be read", file)
-            continue
-        for row, clip in clips.items():
+        lengths = _lengths(pipeline, "encode", file, "latents", result)
+        for row, clip in clips.items() if lengths is not None else ():
             shape, dtype = clip.values["latents_shape"], clip.values["latents_dtype"]
-            size = math.prod(shape or [0]) * _ITEM_BYTES.get(dtype, 0)
-            if not size or row >= len(lengths) or lengths[row] != size:
-                there = lengths[row] if row < len(lengths) else None
-                what = f"latents of {there or 0} bytes, not {dtype} x {shape}"
-                result.found("encode", what, clip.ids[SOURCE_LAYER])
+            if wrong := _wrong_length(lengths or [], row, shape, dtype):
+                result.found("encode", f"latents of {wrong}", clip.ids[SOURCE_LAYER])
 
 
-def _lengths(parquet: pq.ParquetFile) -> Iterator[int | None]:
-    """The length of each row's latents, one row group in memory at a time."""
-    for group in range(parquet.num_row_groups):
-        column = parquet.read_row_group(group, columns=["latents"]).column("latents")
-        for value in column:
-            yield value.as_buffer().size if value.is_valid else None
+def _audit_embeddings(pipeline: Pipeline, unit: _Unit, result: Audit) -> None:
+    """Each kept clip's embedding stands in its file, under its key, in the row that it names."""
+    wanted: dict[str, list[_Clip]] = {}
+    for clip in unit.clips:
+        if clip.outcomes.get("embed") == KEPT and clip.text is not None:
+            wanted.setdefault(clip.text, []).append(clip)
+    for file, clips in wanted.items():
+        lengths = _lengths(pipeline, "embed", file, "embedding", result)
+        if lengths is None:
+            continue
+        with pipeline.store.opened(file) as opened:
+            keys = pq.read_table(opened, columns=["embedding_key"]).column(0).to_pylist()
+        for clip in clips:
+            values = clip.values
+            row, shape = values["embedding_row"], values["embedding_shape"]
+            wrong = _wrong_length(lengths, row, shape, values["embedding_dtype"])
+            if wrong:
+                result.found("embed", f"an embedding of {wrong}", clip.ids[SOURCE_LAYER])
+            elif keys[row] != values["embedding_key"]:
+                result.found("embed", "another embedding in its place", clip.ids[SOURCE_LAYER])
+
+
+def _wrong_length(
+    lengths: list[int | None], row: int | None, shape: list[int] | None, dtype: str
+) -> str | None:
+    size = math.prod(shape or [0]) * _ITEM_BYTES.get(dtype, 0)
+    there = lengths[row] if row is not None and row < len(lengths) else None
+    return None if size and there == size else f"{there or 0} bytes, not {dtype} x {shape}"
+
+
+def _lengths(
+    pipeline: Pipeline, stage: str, file: str, name: str, result: Audit
+) -> list[int | None] | None:
+    """The length of each row's payload, one row group in memory at a time."""
+    found: list[int | None] = []
+    try:
+        with pipeline.store.opened(file) as opened:
+            parquet = pq.ParquetFile(opened)
+            for group in range(parquet.num_row_groups):
+                column = parquet.read_row_group(group, columns=[name]).column(name)
+                found += [v.as_buffer().size if v.is_valid else None for v in column]
+    except (FileNotFoundError, StoreError, pa.ArrowException, OSError):
+        result.found(stage, "a file that counts is missing or can't be read", file)
+        return None
+    return found
 
 
 def _ready(pipeline: Pipeline, unit: _Unit) -> Iterator[dict[str, Any]]:
     """The rows that the training index must have of this unit."""
     if "encode" not in pipeline.stages:
         return
-    column = caption_column(pipeline)
-    wanted = ["encode", *(["recaption"] if column == "recaption" else [])]
+    column, wanted = caption_column(pipeline), needed(pipeline)
     for clip in unit.clips:
         if all(clip.outcomes.get(name) == KEPT for name in wanted) and clip.place is not None:
             yield {
@@ -323,6 +358,9 @@ def _ready(pipeline: Pipeline, unit: _Unit) -> Iterator[dict[str, Any]]:
                 "shard": clip.place[0],
                 "row": clip.place[1],
                 "shape": clip.values["latents_shape"],
+                "text_key": clip.values.get("embedding_key"),
+                "text_shard": clip.text,
+                "text_row": clip.values.get("embedding_row"),
             }
 
 

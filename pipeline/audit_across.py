@@ -27,6 +27,9 @@ READY = pa.schema(
         pa.field("shard", pa.string()),
         pa.field("row", pa.int32()),
         pa.field("shape", pa.list_(pa.int32())),
+        pa.field("text_key", pa.string()),
+        pa.field("text_shard", pa.string()),
+        pa.field("text_row", pa.int32()),
     ]
 )
 # Rows that wait before they are spilled: a ledger likes large tables.

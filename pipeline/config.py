@@ -22,7 +22,7 @@ from manifests.redact import has_credentials
 from manifests.schema import did_you_mean
 from manifests.sources import SourceSettings, resolve_root
 from stages import builtin
-from stages.base import Context, Stage
+from stages.base import Context, Stage, StageSettings
 from stages.media.sampling import Sampling
 
 DEFAULT_FILE = "vidpipe.yaml"
@@ -123,35 +123,40 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> Config:
             "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"
         )
     source = _absolute_source(top.source, base)
-    context = Context(
-        workdir=_absolute(top.workdir, base), root=resolve_root(source), sampling=top.sampling
-    )
-    stages: dict[str, AnyStage] = {}
+    chosen: dict[str, tuple[type[AnyStage], StageSettings]] = {}
     for name, cls in shipped.items():
-        stages |= _build(cls, sections.get(name), (name,), file, lines, context)
+        if name in sections or not cls.on_request:
+            chosen |= _chosen(cls, sections.get(name), (name,), file, lines)
     for name, section in top.stages.items():
         cls = _user_stage(name, section, file, lines, base)
-        if name in stages:
+        if name in chosen:
             raise ConfigError(_at(file, lines, ("stages", name)) + f"stage {name} exists already")
         rest = {key: value for key, value in section.items() if key != "use"}
-        stages |= _build(cls, rest, ("stages", name), file, lines, context)
+        chosen |= _chosen(cls, rest, ("stages", name), file, lines)
+    context = Context(
+        workdir=_absolute(top.workdir, base),
+        root=resolve_root(source),
+        sampling=top.sampling,
+        captions="recaption" if "recaption" in chosen else "caption",
+    )
+    stages = {name: cls(settings, context) for name, (cls, settings) in chosen.items()}
     return Config(file, context.workdir, source, top.sampling, top.run, top.train, stages)
 
 
-def _build(
+def _chosen(
     cls: type[AnyStage],
     section: Any,
     where: tuple[str, ...],
     file: str,
     lines: Mapping[tuple[Any, ...], str],
-    context: Context,
-) -> dict[str, AnyStage]:
+) -> dict[str, tuple[type[AnyStage], StageSettings]]:
+    """The class and its settings by its name; nothing where it is switched off."""
     section = {} if section is None else section
     if isinstance(section, dict):
         base = Path(file).resolve().parent
         section = {key: _from_file(value, base) for key, value in section.items()}
     settings = _validate(cls.Settings, section, where, file, lines)
-    return {cls.name: cls(settings, context)} if settings.enabled else {}
+    return {cls.name: (cls, settings)} if settings.enabled else {}
 
 
 def _user_stage(

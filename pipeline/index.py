@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests.schema import KEPT, digest
-from manifests.shards import INDEX, LatentSpec, ShardError, file_facts, write_index
+from manifests.shards import INDEX, LatentSpec, TextSpec, file_facts, write_index
 from manifests.store import StoreError
 from manifests.view import UnitView
 from pipeline.dag import Pipeline
@@ -25,8 +25,17 @@ def path(pipeline: Pipeline) -> str:
 
 
 def caption_column(pipeline: Pipeline) -> str:
-    """The caption to train on: what recaption wrote, or the source's own where it is left out."""
+    """The caption to train on: what is embedded, or what recaption wrote, or the source's own where
+    that is left out."""
+    if "embed" in pipeline.stages:
+        return pipeline.stages["embed"].reads[0]
     return "recaption" if "recaption" in pipeline.stages else "caption"
+
+
+def needed(pipeline: Pipeline) -> list[str]:
+    """The stages that must have kept a clip, encode first."""
+    beside = {"recaption": caption_column(pipeline) == "recaption", "embed": True}
+    return ["encode", *(n for n, wanted in beside.items() if wanted and n in pipeline.stages)]
 
 
 def refresh(pipeline: Pipeline) -> int | None:
@@ -34,7 +43,7 @@ def refresh(pipeline: Pipeline) -> int | None:
     clips; None where the DAG has no encode stage or nothing is encoded yet."""
     if "encode" not in pipeline.stages:
         return None
-    column, wanted = caption_column(pipeline), _wanted(pipeline)
+    column, wanted = caption_column(pipeline), needed(pipeline)
     state = _state(pipeline, wanted)
     if state == _last_state(pipeline):
         return None
@@ -44,9 +53,11 @@ def refresh(pipeline: Pipeline) -> int | None:
     if first is None:
         pipeline.store.delete(INDEX_NAME)
         return 0
-    spec = _spec(pipeline, first.column("shard")[0].as_py())
+    spec = LatentSpec.from_json(_told(pipeline, first, "shard"))
     stages = {n: pipeline.dag.layers[n].fingerprint for n in wanted}
     facts = {"caption": column, "stages": stages, "state": state}
+    if "embed" in wanted:
+        facts["text"] = TextSpec.from_json(_told(pipeline, first, "text_shard")).to_json()
     return write_index(path(pipeline), pipeline.config.workdir, chain([first], tables), spec, facts)
 
 
@@ -54,12 +65,7 @@ def up_to_date(pipeline: Pipeline) -> bool:
     """Whether there is an index, and nothing that it is made of has changed since."""
     if "encode" not in pipeline.stages:
         return False
-    return _state(pipeline, _wanted(pipeline)) == _last_state(pipeline)
-
-
-def _wanted(pipeline: Pipeline) -> list[str]:
-    """The stages that must have kept a clip."""
-    return ["encode"] + (["recaption"] if caption_column(pipeline) == "recaption" else [])
+    return _state(pipeline, needed(pipeline)) == _last_state(pipeline)
 
 
 def _state(pipeline: Pipeline, wanted: Sequence[str]) -> str:
@@ -68,7 +74,8 @@ def _state(pipeline: Pipeline, wanted: Sequence[str]) -> str:
     for view in views(pipeline):
         attempts = [c.attempt for n in pipeline.dag.layers for c in view.commits(n)]
         whole.update(digest([view.unit, *attempts]).encode())
-    return digest([whole.hexdigest(), *(pipeline.dag.layers[n].fingerprint for n in wanted)])
+    made = [pipeline.dag.layers[n].fingerprint for n in wanted]
+    return digest([whole.hexdigest(), *made, INDEX.names])
 
 
 def _ready(view: UnitView, wanted: Sequence[str], column: str) -> pa.Table:
@@ -85,7 +92,13 @@ def _ready(view: UnitView, wanted: Sequence[str], column: str) -> pa.Table:
         "shard": latents.file.cast(pa.string()),
         "row": latents.row.cast(pa.int32()),
         "shape": view.table.column("latents_shape").take(rows),
+        **dict.fromkeys(("text_key", "text_shard", "text_row"), pa.nulls(len(rows))),
     }
+    if "embed" in wanted:
+        # A file holds every embedding that its rows name: the row's own file is the place.
+        columns["text_key"] = view.table.column("embedding_key").take(rows)
+        columns["text_shard"] = settled[wanted.index("embed")].file.take(rows).cast(pa.string())
+        columns["text_row"] = view.table.column("embedding_row").take(rows)
     return pa.table(columns).cast(INDEX).sort_by([("shard", "ascending"), ("row", "ascending")])
 
 
@@ -103,8 +116,10 @@ def _facts(pipeline: Pipeline, name: str) -> dict[str, Any]:
         return file_facts(pq.read_schema(file))
 
 
-def _spec(pipeline: Pipeline, shard: str) -> LatentSpec:
+def _told(pipeline: Pipeline, ready: pa.Table, shard: str) -> dict[str, Any]:
+    """What the file that the first row has in the column `shard` tells of its payload."""
+    name = ready.column(shard)[0].as_py()
     try:
-        return LatentSpec.from_json(_facts(pipeline, shard)["spec"])
-    except (KeyError, ShardError) as error:
-        raise StoreError(f"shard {shard} does not say what its latents are: {error}") from error
+        return dict(_facts(pipeline, name)["spec"])
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"shard {name} does not say what it holds: {error}") from error

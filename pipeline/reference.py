@@ -52,12 +52,17 @@ def reference() -> str:
     parts = [HEAD]
     for name, (model, about) in SECTIONS.items():
         parts += [f"\n## {name}\n\n{about}\n", _table(model, ())]
-    common = set(StageSettings.model_fields)
     parts += ["\n## every stage\n\nThese are in each stage's section.\n", _table(StageSettings, ())]
     for name, cls in builtin().items():
         first = (cls.__doc__ or "").strip().splitlines()[0]
-        parts += [f"\n## {name}\n\n{first}\n", _table(cls.Settings, common)]
+        parts += [f"\n## {name}\n\n{first}\n", _table(cls.Settings, _common(cls.Settings))]
     return "".join(parts)
+
+
+def _common(settings: type[StageSettings]) -> set[str]:
+    """The settings that mean the same in every stage."""
+    every = StageSettings.model_fields
+    return {n for n, f in every.items() if settings.model_fields[n].description == f.description}
 
 
 def _table(model: type[BaseModel], leave_out: typing.Collection[str]) -> str:

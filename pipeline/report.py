@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
@@ -56,6 +57,14 @@ def describe(counts: Counts) -> str:
     return f"{counts.kept} kept, {rejected} rejected, {failed} failed"
 
 
+def at_work(seconds: Mapping[str, float]) -> str:
+    """`, model at work 96% of the time`, where a stage tells how long its model waited."""
+    if "wait" not in seconds:
+        return ""
+    share = 1 - seconds["wait"] / max(1e-9, seconds["process"] + seconds.get("commit", 0.0))
+    return f", model at work {share:.0%} of the time"
+
+
 class PlainReporter(Reporter):
     """One line a stage when it begins, every few seconds while it works, and at its end."""
 
@@ -67,6 +76,7 @@ class PlainReporter(Reporter):
         self._began: dict[str, float] = {}
         self._said: dict[str, float] = {}
         self._units: dict[str, int] = {}
+        self._seconds: dict[str, Counter[str]] = {}
 
     def start(self, stages: Mapping[str, StagePlan]) -> None:
         self._stages = dict(stages)
@@ -87,15 +97,17 @@ class PlainReporter(Reporter):
             plan = self._stages.get(receipt.stage)
             if receipt.error:
                 self._write(f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}")
+            seconds = self._seconds.setdefault(receipt.stage, Counter())
+            seconds.update(receipt.seconds)
             if plan and units == len(plan.units) and receipt.stage in self._done:
-                self._line(receipt.stage, time.monotonic())
+                self._line(receipt.stage, time.monotonic(), at_work(seconds))
                 self._said[receipt.stage] = math.inf  # that was its last line
 
     def note(self, text: str) -> None:
         with self._lock:
             self._write(text)
 
-    def _line(self, stage: str, now: float) -> None:
+    def _line(self, stage: str, now: float, more: str = "") -> None:
         done = self._done[stage]
         seconds = max(1e-9, now - self._began[stage])
         plan = self._stages.get(stage)
@@ -105,7 +117,7 @@ class PlainReporter(Reporter):
         rate = f", {done.total / seconds:.1f} rows/s" if seconds > 0.5 and done.total else ""
         left = plan.todo - done.total if plan and known else 0
         time_left = f", {left * seconds / done.total:.0f} s left" if left > 0 and rate else ""
-        self._write(f"{stage}: {done.total}{total} rows: {describe(done)}{rate}{time_left}")
+        self._write(f"{stage}: {done.total}{total} rows: {describe(done)}{rate}{time_left}{more}")
 
     def _write(self, text: str) -> None:
         print(shown(text), file=self._stream, flush=True)
@@ -123,6 +135,7 @@ class LiveReporter(Reporter):
         self._plans: dict[str, StagePlan] = {}
         self._done: dict[str, Counts] = {}
         self._units: dict[str, int] = {}
+        self._seconds: dict[str, Counter[str]] = {}
         self._lock = threading.Lock()
 
     def start(self, stages: Mapping[str, StagePlan]) -> None:
@@ -180,11 +193,15 @@ class LiveReporter(Reporter):
             self.note(f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}")
         with self._lock:
             units = self._units[receipt.stage] = self._units.get(receipt.stage, 0) + 1
+            seconds = self._seconds.setdefault(receipt.stage, Counter())
+            seconds.update(receipt.seconds)
             if self._progress is not None and units == len(self._plans[receipt.stage].units):
                 done = self._done.get(receipt.stage, Counts()).total
                 task = self._tasks[receipt.stage]
                 self._progress.start_task(task)
-                self._progress.update(task, total=max(1, done), completed=max(1, done))
+                outcomes = describe(self._done.get(receipt.stage, Counts())) + at_work(seconds)
+                done = max(1, done)
+                self._progress.update(task, total=done, completed=done, outcomes=outcomes)
 
     def note(self, text: str) -> None:
         self._console.print(shown(text), markup=False, highlight=False, soft_wrap=True)

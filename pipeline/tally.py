@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 from manifests.log import Counts
 from pipeline.unit import Receipt
 
@@ -40,13 +43,17 @@ class Tally:
 
     def unit(self, receipt: Receipt, parts: int) -> None:
         """A worker is through with one of the `parts` of a unit; told on once all of them are, with
-        the first error among them."""
+        the first error among them, and the seconds of all."""
         self._running -= 1
         through = self._parts.setdefault((receipt.stage, receipt.unit), [])
         through.append(receipt)
         if len(through) == parts:
             del self._parts[receipt.stage, receipt.unit]
-            self._units.append(next((r for r in through if r.error), receipt))
+            seconds: Counter[str] = Counter()
+            for part in through:
+                seconds.update(part.seconds)
+            told = next((r for r in through if r.error), receipt)
+            self._units.append(replace(told, seconds=dict(seconds)))
 
     def drain(self) -> tuple[list[tuple[str, Counts]], list[Receipt], list[str]]:
         drained = self._rows, self._units, self._notes

@@ -90,8 +90,10 @@ def _call(module: str, *arguments: str) -> int:
 
 def _nothing_ready(pipeline: Pipeline) -> str:
     totals = status(pipeline)
-    wanted = ["encode", *(["recaption"] if index.caption_column(pipeline) == "recaption" else [])]
-    lines = [f"{name}: {describe(totals[name])}, {totals[name].pending} pending" for name in wanted]
+    lines = [
+        f"{name}: {describe(totals[name])}, {totals[name].pending} pending"
+        for name in index.needed(pipeline)
+    ]
     advice = "`vidpipe run` first; `vidpipe status` tells why clips were lost"
     if totals["encode"].kept and "empty_caption" in totals.get("recaption", Counts()).rejected:
         advice = (

@@ -289,7 +289,7 @@ def _commit(
     """
     name = stage.name
     schema = pa.schema([*OUTCOME, *stage.adds])
-    new = pa.concat_tables(done) if done else schema.empty_table()
+    new = made = pa.concat_tables(done) if done else schema.empty_table()
     while True:
         if len(new) and view.commits(name):
             # What others have settled since this unit was read: a view sees the present.
@@ -303,7 +303,7 @@ def _commit(
             len(view.commits(name)),
             view.inputs_state(name),
             view.counts_with(name, new),
-            with_facts(new, facts) if len(new) else None,
+            with_facts(stage.packed(new, made), facts) if len(new) else None,
             seconds,
         ):
             return UnitView(view.store, view.dag, view.unit)

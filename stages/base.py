@@ -133,6 +133,7 @@ class Context:
     workdir: str  # URL or absolute path
     root: str = ""  # what relative URIs of the source are relative to
     sampling: Sampling = field(default_factory=Sampling)
+    captions: str = "caption"  # the column of the captions to train on
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class Stage(ABC, Generic[S, Model]):
     adds: pa.Schema = pa.schema([])
     after: Sequence[str] = ()
     splits: bool = False  # may answer a row with a list of rows
+    on_request: ClassVar[bool] = False  # in the DAG only where vidpipe.yaml has a section for it
     default_batch: ClassVar[int] = 16
     default_resources: ClassVar[Resources] = Resources()
     default_time_limit: ClassVar[float | None] = None  # only for stages that call `alive`
@@ -224,6 +226,12 @@ class Stage(ABC, Generic[S, Model]):
     def metadata(self, model: Model) -> dict[str, Any]:
         """Facts about all rows of a data file, JSON-able, stored once in it."""
         return {}
+
+    def packed(self, rows: pa.Table, made: pa.Table) -> pa.Table:
+        """`rows`, which make a data file, as they are stored. Where rows share payload, one of
+        `made` may hold it for all: the same rows, and those that somebody else has committed
+        meanwhile."""
+        return rows
 
     def worth_retry(self, error: str) -> bool:
         """Whether a row that failed so may come through with nothing changed; others are final

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from manifests.shards import LATENTS, LatentSpec
 from stages.ahead import ahead
@@ -28,15 +28,21 @@ from stages.base import (
 from stages.files import CARRIED, clip_file
 from stages.media.frames import Clip, TooShort, read_clip
 from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, VideoError
-from stages.models import folder_sha256, model_identity, resolve
+from stages.models import model_identity, resolve
 from stages.vae.batches import Answer, Gathered, Waiting
-from stages.vae.vae import Vae, shape_of
+from stages.vae.families import shape_of
+from stages.vae.trial import MOST
+from stages.vae.vae import Encoded, Options, Vae
 
 if TYPE_CHECKING:
     import torch
 
 
 Decoded = Clip | Rejected | Failed
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
 
 
 class EncodeSettings(DecodingSettings):
@@ -48,10 +54,27 @@ class EncodeSettings(DecodingSettings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the VAE and of the latents as stored"
     )
+    batch_size: Annotated[Speed[int | None], BeforeValidator(_auto)] = Field(
+        None,
+        ge=1,
+        description="clips given to the VAE at once; auto: 1 on a CPU, found by trial on a GPU",
+    )
     moments: bool = Field(True, description="keep mean and log-variance; false: the mean alone")
     device: Speed[str] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     pictures: Speed[int] = Field(
         64, ge=1, description="frames that go through a picture VAE at once"
+    )
+    channels_last: Speed[bool | None] = Field(
+        None, description="memory format of the VAE; default: for picture VAEs, not for video VAEs"
+    )
+    compile: Speed[bool] = Field(
+        False, description="torch.compile: a minute or more a worker at its start, then faster"
+    )
+    slicing: Speed[bool] = Field(
+        False, description="a batch goes through the VAE clip by clip: less memory, slower"
+    )
+    tiling: bool = Field(
+        False, description="large pictures in overlapping tiles: less memory, other latents"
     )
     threads: Speed[int | None] = Field(
         None,
@@ -67,13 +90,12 @@ class Encode(Stage[EncodeSettings, Vae]):
     """Latents of each clip (`manifests.shards.LATENTS`), batched across clips."""
 
     name = "encode"
-    version = 2  # 2: chroma as fine as luma
+    version = 2  # 2: chroma as fine as luma; numbers in float32 before half precision
     Settings = EncodeSettings
     reads = ("content", "start", "end")
     carries = CARRIED
     adds = LATENTS
     after = ("filter",)
-    default_batch = 1
     default_time_limit = 900.0  # a video VAE takes minutes for a long clip on a CPU
     transient = READING_MAY_PASS
     default_resources = Resources(cpus=1)
@@ -106,19 +128,15 @@ class Encode(Stage[EncodeSettings, Vae]):
         shape_of(self.folder()).check(sampling.frames, sampling.height, sampling.width)
 
     def setup(self) -> Vae:
-        import torch
-
         s = self.settings
-        device = s.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Vae(self.folder(), s.dtype, device)
+        options = Options(s.pictures, s.channels_last, s.compile, s.slicing, s.tiling)
+        return Vae(self.folder(), s.dtype, s.device, options)
 
     def metadata(self, model: Vae) -> dict[str, Any]:
         spec = LatentSpec(
             vae=self.settings.vae,
             vae_class=model.shape.class_name,
-            vae_sha256=folder_sha256(Path(self.folder())),
+            vae_sha256=model.sha256,
             fingerprint=self.fingerprint,
             moments=self.settings.moments and model.family.posterior,
             channels=model.channels,
@@ -146,7 +164,7 @@ class Encode(Stage[EncodeSettings, Vae]):
     def _streamed(self, rows: Iterable[Row], model: Vae) -> Generator[tuple[int, Outcome]]:
         """The outcomes of rows by their numbers. Threads decode ahead of the VAE; batches are made
         in the rows' order, so they are the same each time."""
-        size = self.settings.batch_size or self.default_batch
+        size, most = self._batch(model)
         threads = self.settings.threads or model.decoding_threads
         answers: dict[int, Answer] = {}
 
@@ -160,7 +178,7 @@ class Encode(Stage[EncodeSettings, Vae]):
             self._read,
             lambda clip: clip.frames.nbytes if isinstance(clip, Clip) else 0,
             threads=threads,
-            depth=threads + 2 * size,
+            depth=threads + 2 * most,
             most=self.settings.ahead,
         )
         gathered, flight = Gathered(size, self.settings.ahead), Flight(self, model)
@@ -179,6 +197,13 @@ class Encode(Stage[EncodeSettings, Vae]):
             flight.launch(batch)
         flight.land()
         yield from self._whole(answers)
+
+    def _batch(self, model: Vae) -> tuple[Callable[[tuple[int, ...]], int], int]:
+        """How many clips of a shape the VAE gets at once, and the most that may be."""
+        chosen = self.settings.batch_size
+        if chosen is not None:
+            return lambda shape: chosen, chosen
+        return model.best_batch, 1 if model.device.type == "cpu" else MOST
 
     def _whole(self, answers: dict[int, Answer]) -> Iterator[tuple[int, Outcome]]:
         """Takes the answers that are complete out of `answers`."""
@@ -221,26 +246,23 @@ class Flight:
 
     def __init__(self, stage: Encode, model: Vae) -> None:
         self._settings, self._model = stage.settings, model
-        self._flying: list[tuple[Waiting, torch.Tensor | Failed]] = []
+        self._flying: tuple[list[Waiting], Encoded] | None = None
 
     def launch(self, batch: list[Waiting]) -> None:
-        import numpy as np
-        import torch
-
-        began = time.perf_counter()
-        frames = torch.from_numpy(np.stack([each.clip.frames for each in batch]))
-        settings = self._settings
-        latents = self._model.encode(frames, settings.pictures, settings.moments)
+        frames = self._model.batch([each.clip.frames for each in batch])
+        launched = self._model.encode(frames, self._settings.moments)
         self.land()
-        self._flying = list(zip(batch, latents, strict=True))
-        spent("model", time.perf_counter() - began)
+        self._flying = batch, launched
 
     def land(self) -> None:
-        for waiting, latents in self._flying:
+        if self._flying is None:
+            return
+        batch, launched = self._flying
+        self._flying = None
+        for waiting, latents in zip(batch, self._model.fetch(launched), strict=True):
             waiting.settle(
-                latents if isinstance(latents, Failed) else columns(waiting.clip, latents.cpu())
+                latents if isinstance(latents, Failed) else columns(waiting.clip, latents)
             )
-        self._flying = []
 
 
 def columns(clip: Clip, latents: torch.Tensor) -> Row:

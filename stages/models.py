@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ def resolve(spec: str, revision: str | None = None, subfolder: str | None = None
     Raises StageError where it is missing or can't be fetched.
     """
     check(spec, subfolder)
-    folder = _local(spec) or Path(_download(spec, revision, subfolder))
+    folder = _local(spec) or Path(_download(spec, revision, subfolder, ()))
     return str(folder / subfolder if subfolder else folder)
+
+
+def root(spec: str, revision: str | None = None, without: Sequence[str] = ()) -> Path:
+    """The local folder of a model of several parts, whatever is in it; downloaded first where it
+    is on the hub, but for the files that match a pattern of `without`. Raises StageError."""
+    return _local(spec) or Path(_download(spec, revision, None, without))
 
 
 def check(spec: str, subfolder: str | None = None) -> None:
@@ -114,7 +121,9 @@ def _local(spec: str) -> Path | None:
     return path.absolute() if looks_local or path.exists() else None
 
 
-def _download(spec: str, revision: str | None, subfolder: str | None) -> str:
+def _download(
+    spec: str, revision: str | None, subfolder: str | None, without: Sequence[str]
+) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -128,7 +137,10 @@ def _download(spec: str, revision: str | None, subfolder: str | None) -> str:
     try:
         return str(
             snapshot_download(
-                spec, revision=revision, allow_patterns=wanted, ignore_patterns=_FOREIGN
+                spec,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=[*_FOREIGN, *without],
             )
         )
     except GatedRepoError as error:

@@ -31,7 +31,6 @@ from trainer.config import ModelConfig, SettingsError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PICTURE_VAES = ("AutoencoderKL", "AutoencoderTiny")  # they take frames as a batch of pictures
 PICTURES = 16  # frames decoded at once
 TILE = 192  # pixels: smaller videos are enlarged, so that the prompt above can be read
 SHEET = 8  # frames of a PNG
@@ -114,7 +113,7 @@ def decode(vae: Any, z: Tensor, latents: dict[str, Any]) -> NDArray[np.uint8]:
     """Normalised latents (C, F, H, W) to frames (F, height, width, 3)."""
     shift, scale = (z.new_tensor(latents[k]).view(-1, 1, 1, 1) for k in ("shift", "scale"))
     z = z / scale + shift
-    if latents["vae_class"] in PICTURE_VAES:
+    if latents["temporal"] == 1:  # a VAE of pictures: it takes frames as a batch of them
         parts = [vae.decode(part).sample for part in torch.split(z.transpose(0, 1), PICTURES)]
         frames = torch.cat(parts)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from stages.base import Failed, Rejected, Row
@@ -45,10 +45,10 @@ class Waiting:
 
 
 class Gathered:
-    """Clips that wait for others of their shape. A batch is full with `size` clips; where those
-    that wait have `most` bytes, the largest batch goes as it is."""
+    """Clips that wait for others of their shape. A batch is full with as many clips as `size` gives
+    for it; where those that wait have `most` bytes, the largest batch goes as it is."""
 
-    def __init__(self, size: int, most: int) -> None:
+    def __init__(self, size: Callable[[tuple[int, ...]], int], most: int) -> None:
         self._size, self._most = size, most
         self._bytes = 0
         self._waiting: dict[tuple[int, ...], list[Waiting]] = {}
@@ -59,7 +59,7 @@ class Gathered:
         batch = self._waiting.setdefault(shape, [])
         batch.append(new)
         self._bytes += new.clip.frames.nbytes
-        if len(batch) == self._size:
+        if len(batch) >= self._size(shape):
             yield self._taken(shape)
         while self._bytes > self._most:
             yield self._taken(max(self._waiting, key=lambda each: _bytes(self._waiting[each])))

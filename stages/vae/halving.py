@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.base import Failed, alive
@@ -18,18 +18,21 @@ class Halving:
     """Runs batches for one model, and keeps to the size that fitted for as long as it lives."""
 
     def __init__(self) -> None:
-        self.most: int | None = None  # items of a batch; None: nothing has been too large yet
+        # Items of a batch, by their shape; nothing of other shapes has been too large yet.
+        self.most: dict[Hashable, int] = {}
 
     def __call__(
         self,
         run: Callable[[Any], Iterable[R]],
         items: Sequence[Any] | torch.Tensor,
         size: int | None = None,
+        shape: Hashable = None,
     ) -> list[R | Failed]:
         """`run` on slices of `items` (a list, or a tensor along its first axis) of at most `size`:
-        one result per item, in order. An item that does not fit alone is Failed: out_of_memory."""
+        one result per item, in order. An item that does not fit alone is Failed: out_of_memory.
+        `shape`: what the memory that an item takes depends on."""
         results: list[R | Failed] = []
-        full = min(size or len(items), self.most or len(items))
+        full = min(size or len(items), self.most.get(shape, len(items)))
         now = full
         while len(results) < len(items):
             part = items[len(results) : len(results) + now]
@@ -37,7 +40,7 @@ class Halving:
             alive()
             if error is None:
                 if now < full:
-                    self.most = full = now
+                    self.most[shape] = full = now
             elif len(part) > 1:
                 now = (len(part) + 1) // 2
             else:
@@ -58,7 +61,7 @@ def _short_of_memory(
         if not is_out_of_memory(error):
             raise
         message = str(error).strip().splitlines() or ["out of memory"]
-    _empty_cache()
+    free_memory()
     return f"it does not fit the memory: {message[0]:.200}"
 
 
@@ -69,15 +72,19 @@ def whole(parts: Sequence[R | Failed], join: Callable[[list[R]], T]) -> T | Fail
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """A device's allocator, or the CPU's, which has no class of its own for it."""
+    """A device's allocator, its libraries' own, or the CPU's: most have no class for it."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "DefaultCPUAllocator" in str(error) and "memory" in str(error)
+    text = str(error)
+    if "DefaultCPUAllocator" in text and "memory" in text:
+        return True
+    return "STATUS_ALLOC_FAILED" in text or "CUDA error: out of memory" in text
 
 
-def _empty_cache() -> None:
+def free_memory() -> None:
+    """Gives back what the device's allocator keeps for later."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,119 +1,77 @@
-"""VAEs of diffusers behind one interface: uint8 frames in, moments out, constants told.
+"""VAEs of diffusers behind one interface: uint8 frames in, moments out, and back to frames.
 
-Latents are always channels first, (C or 2C, F, H, W), unscaled. What each family does with frames,
-how it scales and which lengths it takes is here and nowhere else.
+Latents are always channels first, (C or 2C, F, H, W), unscaled. What each class does differently
+stands in `stages.vae.families`.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
+from stages.models import folder_sha256
+from stages.remember import remembered
+from stages.vae.families import channels_of, constants_of, scaling_of, shape_of
 from stages.vae.halving import Halving, whole
+from stages.vae.trial import best_batch
 
 if TYPE_CHECKING:
     import torch
 
+    from stages.media.picture import Pixels
 
-@dataclass(frozen=True)
-class Family:
-    """One diffusers class of VAE."""
-
-    video: bool  # takes (B, C, F, H, W); else frames are a batch of pictures
-    posterior: bool  # encodes to a distribution; else to latents straight
-
-
-FAMILIES = {
-    "AutoencoderKL": Family(video=False, posterior=True),
-    "AutoencoderTiny": Family(video=False, posterior=False),
-    "AutoencoderKLWan": Family(video=True, posterior=True),
-    "AutoencoderKLCogVideoX": Family(video=True, posterior=True),
-    "AutoencoderKLLTXVideo": Family(video=True, posterior=True),
-}
+NOT_FINITE = (
+    "the VAE gave numbers that are not finite, as some do in float16: set encode.dtype to bfloat16 "
+    "or float32"
+)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a VAE makes of a clip's shape, read off its config.json alone."""
+class Options:
+    """How a VAE is run. All but `tiling` change latents by rounding alone."""
 
-    class_name: str
-    temporal: int  # frames per latent frame after the first
-    spatial: int  # pixels per latent pixel
-
-    def check(self, frames: int, height: int, width: int) -> None:
-        """Raises StageError, with the nearest right values, where the VAE would silently drop
-        frames or can't divide the picture."""
-        over = (frames - 1) % self.temporal
-        if over:
-            raise StageError(
-                f"{self.class_name} takes {self.temporal}k+1 frames and would drop the last {over} "
-                f"of {frames}: set sampling.frames to {frames - over} or "
-                f"{frames - over + self.temporal}"
-            )
-        for name, size in (("height", height), ("width", width)):
-            if size % self.spatial:
-                near = max(self.spatial, round(size / self.spatial) * self.spatial)
-                raise StageError(
-                    f"{self.class_name} divides pictures by {self.spatial}, and a {name} of {size} "
-                    f"is no multiple of it: set sampling.size to {near}"
-                )
+    pictures: int = 64  # frames that go through a picture VAE at once
+    channels_last: bool | None = None  # memory format; None: for picture VAEs
+    compile: bool = False  # the encoder, by torch.compile
+    slicing: bool = False  # clips of a batch one by one
+    tiling: bool = False  # pictures in overlapping tiles
 
 
-def shape_of(folder: str) -> Shape:
-    """Raises StageError where `folder` holds no VAE that encode knows."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise StageError(f"{folder} is no diffusers VAE: its config.json can't be read") from error
-    name = str(config.get("_class_name"))
-    if name not in FAMILIES:
-        raise StageError(
-            f"{folder} holds a {name}, which encode does not know: use one of {', '.join(FAMILIES)}"
-        )
-    try:
-        return Shape(name, *_ratios(name, config))
-    except KeyError as error:
-        raise StageError(f"{folder}/config.json of a {name} lacks {error}") from error
+@dataclass(frozen=True)
+class Encoded:
+    """Latents that may still be on their way from the device: `Vae.fetch` waits for them."""
 
-
-def _ratios(name: str, config: dict[str, Any]) -> tuple[int, int]:
-    """Temporal and spatial compression, as the diffusers class builds its blocks."""
-    if name == "AutoencoderKLWan":
-        patch = config.get("patch_size") or 1
-        return 2 ** sum(config["temperal_downsample"]), 2 ** (len(config["dim_mult"]) - 1) * patch
-    if name == "AutoencoderKLLTXVideo":
-        halvings = sum(config["spatio_temporal_scaling"])
-        temporal = config.get("temporal_compression_ratio") or config["patch_size_t"] * 2**halvings
-        spatial = config.get("spatial_compression_ratio") or config["patch_size"] * 2**halvings
-        return temporal, spatial
-    if name == "AutoencoderTiny":
-        return 1, 2 ** (len(config["encoder_block_out_channels"]) - 1)
-    spatial = 2 ** (len(config["block_out_channels"]) - 1)
-    return int(config.get("temporal_compression_ratio") or 1), spatial
+    parts: list[torch.Tensor | Failed]  # in order: of each clip, or of each frame of each clip
+    frames: int | None  # how many frames make a clip; None: parts are whole clips
+    arrived: torch.cuda.Event | None
 
 
 class Vae:
-    """A loaded VAE. `encode` is the only thing that runs per clip."""
+    """A loaded VAE. `encode` and `fetch` are the only things that run per clip."""
 
-    def __init__(self, folder: str, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        options: Options = Options(),
+    ) -> None:
         """Loads `folder` (of `AutoencoderX.save_pretrained`). Raises StageError."""
         import diffusers
         import torch
 
         diffusers.utils.logging.disable_progress_bar()
+        self.folder, self.options = folder, options
         self.shape = shape_of(folder)
-        self.family = FAMILIES[self.shape.class_name]
-        try:
-            self.device = torch.device(device)
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            first = str(error).splitlines()[0]
-            raise StageError(f"device {device} can't be used: {first}") from error
+        self.family = self.shape.family
+        if options.tiling and not self.family.tiles:
+            raise StageError(f"{self.shape.class_name} can't be tiled: set encode.tiling to false")
+        self.device = usable(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
         try:
             cls = getattr(diffusers, self.shape.class_name)
@@ -121,9 +79,38 @@ class Vae:
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             raise StageError(f"the VAE in {folder} can't be loaded: {error}") from error
         self.module = module.to(self.device).eval().requires_grad_(False)
-        self.channels = int(_first(self.module.config, "latent_channels", "z_dim"))
-        self.shift, self.scale = _constants(self.module, self.channels)
+        self.channels = channels_of(module)
+        self.shift, self.scale = scaling_of(module)
+        self._format = self._arranged()
+        if options.slicing or not self.family.batches:
+            self.module.enable_slicing()
+        if options.tiling:
+            self.module.enable_tiling()
+        if options.compile:
+            self.module.encoder.compile()
         self._halving = Halving()
+        self._best: dict[tuple[int, ...], int] = {}
+        self._copies = None
+        if self.device.type == "cuda":
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            if self.dtype == torch.float32:
+                # float32 means it: by default convolutions round their factors to 11 bits (TF32).
+                torch.backends.cudnn.allow_tf32 = False
+                torch.backends.cuda.matmul.allow_tf32 = False
+
+    def _arranged(self) -> torch.memory_format:
+        """Puts the weights into the memory format asked for, and returns that of the frames."""
+        import torch
+
+        wanted = self.options.channels_last
+        if not (not self.family.video if wanted is None else wanted):
+            return torch.contiguous_format
+        flat, solid = torch.channels_last, torch.channels_last_3d
+        for weight in self.module.parameters():
+            if weight.dim() in (4, 5):
+                form = flat if weight.dim() == 4 else solid
+                weight.data = weight.data.contiguous(memory_format=form)
+        return solid if self.family.video else flat
 
     @property
     def decoding_threads(self) -> int:
@@ -139,29 +126,128 @@ class Vae:
 
         return self.device.type != "cuda" or torch.cuda.current_stream(self.device).query()
 
-    def encode(
-        self, clips: torch.Tensor, pictures: int, moments: bool
-    ) -> list[torch.Tensor | Failed]:
-        """Latents of uint8 clips (B, F, H, W, 3): (2C or C, F', H', W') each, unscaled, in `dtype`,
-        on the CPU. Failed for a clip that the device's memory does not hold, alone.
+    @property
+    def sha256(self) -> str:
+        """Of the files that it was loaded from."""
+        return folder_sha256(Path(self.folder))
 
-        `moments` keeps the log-variance beside the mean. At most `pictures` frames go through a
-        picture VAE at once.
+    def constants(self) -> dict[str, Any]:
+        """The numbers of the VAE's own config that trainers scale by."""
+        return constants_of(self.module)
+
+    # ------------------------------------------------------------------------- frames to latents
+
+    def batch(self, clips: Sequence[Pixels]) -> torch.Tensor:
+        """Clips of one shape as a batch (B, F, H, W, 3), where it travels to the device fastest."""
+        import torch
+
+        parts = [torch.from_numpy(clip) for clip in clips]
+        if len(parts) == 1 and self._copies is None:
+            return parts[0][None]
+        pinned = self._copies is not None
+        into = torch.empty((len(parts), *parts[0].shape), dtype=torch.uint8, pin_memory=pinned)
+        return torch.stack(parts, out=into)
+
+    def encode(self, clips: torch.Tensor, moments: bool) -> Encoded:
+        """Latents of uint8 clips (B, F, H, W, 3): (2C or C, F', H', W') each, unscaled, in `dtype`.
+
+        `moments` keeps the log-variance beside the mean. On CUDA this returns as soon as all is
+        launched, so that the next batch may follow before this one is fetched. Frames cross the
+        bus as bytes and become numbers from -1 to 1 on the device.
         """
         import torch
 
         def latents(part: torch.Tensor) -> torch.Tensor:
-            x = part.to(self.device).to(self.dtype).div_(127.5).sub_(1.0)
+            x = self._moved(part).to(torch.float32).div_(127.5).sub_(1.0)
             x = x.permute(0, 4, 1, 2, 3) if self.family.video else x.permute(0, 3, 1, 2)
-            return self._half(self.module.encode(x), moments)
+            x = x.contiguous(memory_format=self._format).to(self.dtype)
+            return self._brought(self._half(self.module.encode(x), moments))
 
+        shape = tuple(clips.shape[1:])
         with torch.inference_mode():
             if self.family.video:
-                by_clip = [[one] for one in self._halving(latents, clips)]
-                return [whole(clip, lambda parts: parts[0].cpu()) for clip in by_clip]
-            frames = iter(self._halving(latents, clips.flatten(0, 1), pictures))
-            by_clip = [list(islice(frames, clips.shape[1])) for _ in clips]
-            return [whole(clip, lambda parts: torch.stack(parts, dim=1).cpu()) for clip in by_clip]
+                parts, frames = self._halving(latents, clips, shape=shape), None
+            else:
+                frames = clips.shape[1]
+                every, size = clips.flatten(0, 1), self.options.pictures
+                parts = self._halving(latents, every, size, shape[1:])
+        arrived = None
+        if self._copies is not None:
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(torch.cuda.current_stream(self.device))
+        return Encoded(parts, frames, arrived)
+
+    def fetch(self, encoded: Encoded) -> list[torch.Tensor | Failed]:
+        """The latents of each clip, on the CPU, once they are there. Failed for a clip that the
+        device's memory does not hold, alone, and for one whose latents are not finite."""
+        import torch
+
+        if encoded.arrived is not None:
+            encoded.arrived.synchronize()
+        parts = iter(encoded.parts)
+        clips: list[torch.Tensor | Failed] = []
+        while group := list(islice(parts, encoded.frames or 1)):
+            one = whole(
+                group, lambda found: torch.stack(found, dim=1) if encoded.frames else found[0]
+            )
+            if not isinstance(one, Failed) and not torch.isfinite(one).all():
+                one = Failed("not_finite", NOT_FINITE)
+            clips.append(one)
+        return clips
+
+    def best_batch(self, shape: tuple[int, ...]) -> int:
+        """How many clips of this shape (F, H, W, 3) to encode at once: 1 on a CPU, where more
+        bring nothing; else what a trial shows, once for each kind of device and VAE."""
+        if self.device.type == "cpu":
+            return 1
+        if shape not in self._best:
+            self._best[shape] = self.tried_batch(shape)
+        return self._best[shape]
+
+    def tried_batch(self, shape: tuple[int, ...]) -> int:
+        """The same, tried on whatever device this is, or remembered."""
+        import numpy as np
+        import torch
+
+        clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+        def run(clips: int) -> bool:
+            kept, self._halving = self._halving, Halving()
+            try:
+                found = self.fetch(self.encode(self.batch([clip] * clips), True))
+                return not self._halving.most and not any(_no_room(one) for one in found)
+            finally:
+                self._halving = kept
+
+        on: list[Any] = [self.device.type, torch.__version__]
+        if self.device.type == "cuda":
+            known = torch.cuda.get_device_properties(self.device)
+            on += [known.name, known.total_memory]
+        how = [str(self.dtype), asdict(self.options)]
+        key = ["batch", self.sha256, list(shape), *how, *on]
+        return int(remembered(key, lambda: best_batch(run)))
+
+    def _moved(self, part: torch.Tensor) -> torch.Tensor:
+        """A batch of bytes on the device. On CUDA it is copied while the device computes."""
+        import torch
+
+        if self._copies is None:
+            return part.to(self.device)
+        now = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            there = part.to(self.device, non_blocking=True)
+        now.wait_stream(self._copies)
+        there.record_stream(now)
+        return there
+
+    def _brought(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents on the CPU, or on their way there."""
+        import torch
+
+        if self._copies is None:
+            return latents.cpu()
+        here = torch.empty(latents.shape, dtype=latents.dtype, pin_memory=True)
+        return here.copy_(latents, non_blocking=True)
 
     def _half(self, encoded: Any, moments: bool) -> torch.Tensor:
         if not self.family.posterior:
@@ -171,34 +257,57 @@ class Vae:
         chosen: torch.Tensor = posterior.parameters if moments else posterior.mean
         return chosen
 
-    def constants(self) -> dict[str, Any]:
-        """The numbers of the VAE's own config that trainers scale by."""
-        names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-        config = self.module.config
-        return {n: config[n] for n in names if config.get(n) is not None}
+    # ------------------------------------------------------------------------- latents to frames
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor | Failed:
+        """Frames, uint8 (F, H, W, 3) on the CPU, of one clip's latents (C, F', H', W'), scaled as
+        a model is trained on them: what this VAE's own constants undo."""
+        import torch
+
+        def frames(part: torch.Tensor) -> torch.Tensor:
+            x: torch.Tensor = self.module.decode(
+                part.to(self.device), **self._temb(len(part))
+            ).sample
+            return x.float().clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).cpu()
+
+        shift, scale = (torch.tensor(v).view(-1, 1, 1, 1) for v in (self.shift, self.scale))
+        z = (latents.float() / scale + shift).to(self.dtype)
+        shape = ("latents", *z.shape[1:])
+        with torch.inference_mode():
+            if self.family.video:
+                return whole(
+                    self._halving(frames, z[None], shape=shape),
+                    lambda found: found[0].permute(1, 2, 3, 0).contiguous(),
+                )
+            every, size = z.transpose(0, 1), self.options.pictures
+            return whole(
+                self._halving(frames, every, size, shape),
+                lambda found: torch.stack(found).permute(0, 2, 3, 1).contiguous(),
+            )
+
+    def _temb(self, clips: int) -> dict[str, torch.Tensor]:
+        """LTX's later decoders clean latents up by themselves, and ask of which noise: of none."""
+        import torch
+
+        if not self.module.config.get("timestep_conditioning"):
+            return {}
+        return {"temb": torch.zeros(clips, device=self.device, dtype=self.dtype)}
 
 
-def _first(config: Any, *names: str) -> Any:
-    return next(config[name] for name in names if config.get(name) is not None)
+def _no_room(latents: torch.Tensor | Failed) -> bool:
+    return isinstance(latents, Failed) and latents.error == "out_of_memory"
 
 
-def _constants(module: Any, channels: int) -> tuple[list[float], list[float]]:
-    """Shift and scale per channel, so that a model trains on `(x - shift) * scale`."""
-    config = module.config
-    factor = float(config.get("scaling_factor") or 1.0)
-    mean, std = (_buffer(module, n) for n in ("latents_mean", "latents_std"))
-    if mean is None or std is None:
-        shift = float(config.get("shift_factor") or 0.0)
-        return [shift] * channels, [factor] * channels
-    return mean, [factor / s for s in std]
+def usable(device: str) -> torch.device:
+    """The device of that name; `auto` is the GPU, where there is one. Raises StageError."""
+    import torch
 
-
-def _buffer(module: Any, name: str) -> list[float] | None:
-    # In the config (Wan), or a tensor saved with the weights (LTX).
-    value = module.config.get(name)
-    if value is None:
-        value = dict(module.named_buffers()).get(name)
-    if value is None:
-        return None
-    values = value.tolist() if hasattr(value, "tolist") else value
-    return [float(v) for v in values]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise StageError(f"device {device} can't be used: {first}") from error
+    return found

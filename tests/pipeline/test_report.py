@@ -57,9 +57,10 @@ def test_long_work_is_told_every_few_seconds_with_the_time_left(
     for _ in range(5):
         said.rows("encode", Counts(total=10, kept=9, failed={"decode_error": 1}))
         now[0] += 4.0
-    said.unit(Receipt("encode", "u"))
+    said.unit(Receipt("encode", "u", seconds={"process": 19.0, "wait": 1.0, "commit": 1.0}))
     assert out.getvalue().splitlines() == [
         "encode: 30 of 100 rows: 27 kept, 0 rejected, 3 failed, 3.8 rows/s, 19 s left",
         "encode: 50 of 100 rows: 45 kept, 0 rejected, 5 failed, 3.1 rows/s, 16 s left",
-        "encode: 50 of 100 rows: 45 kept, 0 rejected, 5 failed, 2.5 rows/s, 20 s left",
+        "encode: 50 of 100 rows: 45 kept, 0 rejected, 5 failed, 2.5 rows/s, 20 s left, "
+        "model at work 95% of the time",
     ]

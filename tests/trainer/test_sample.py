@@ -18,8 +18,16 @@ from trainer.train import train
 SHAPE = (4, 3, 2, 2)
 
 
-def config(objective: Kind = "flow", vae_class: str = "AutoencoderKL") -> ModelConfig:
-    latents = {"vae_class": vae_class, "vae": "vaes/tiny", "shift": [1.0] * 4, "scale": [0.5] * 4}
+def config(
+    objective: Kind = "flow", vae_class: str = "AutoencoderKL", temporal: int = 1
+) -> ModelConfig:
+    latents = {
+        "vae_class": vae_class,
+        "vae": "vaes/tiny",
+        "temporal": temporal,
+        "shift": [1.0] * 4,
+        "scale": [0.5] * 4,
+    }
     return ModelConfig(
         model=DiTSettings(),
         text=TextSettings(),
@@ -111,7 +119,7 @@ def test_pictures_undo_the_normalisation() -> None:
 
 def test_video_vaes_are_given_a_video() -> None:
     echo, z = Echo(), torch.arange(48.0).view(SHAPE)
-    sample.decode(echo, z, config(vae_class="AutoencoderKLWan").latents)
+    sample.decode(echo, z, config(vae_class="AutoencoderKLWan", temporal=4).latents)
     torch.testing.assert_close(echo.given, (z / 0.5 + 1)[None])
     sample.decode(echo, z, config(vae_class="AutoencoderTiny").latents)
     torch.testing.assert_close(echo.given, (z / 0.5 + 1).transpose(0, 1))

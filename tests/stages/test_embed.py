@@ -1,0 +1,325 @@
+"""The embed stage on tiny encoders with random weights: what stands where, and as what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from encoders import KINDS, ROOM, make
+
+from stages.base import Context, Failed, StageError
+from stages.embed import Embed, EmbedSettings
+from stages.text_encoders import Text, TextEncoder, kind_of
+
+CAPTIONS = [
+    "a red circle moves left",
+    "the dog",
+    "",
+    "a small blue square sits right of the large green bird",
+    "the dog",
+    "bird bird bird bird bird bird bird bird bird bird bird bird",
+]
+LONG = "dog " * 40
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp(request.param) / "encoder", request.param)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("t5") / "encoder", "t5")
+
+
+def loaded(folder: Path, **values: Any) -> TextEncoder:
+    return TextEncoder(str(folder), str(folder), **{"max_length": ROOM, **values})
+
+
+def tensor(text: Text | Failed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    assert isinstance(text, Text)
+    return torch.frombuffer(bytearray(text.values), dtype=dtype).view(text.shape)
+
+
+def stage(folder: Path, context: Context | None = None, **settings: Any) -> Embed:
+    settings = {"encoder": str(folder), "max_length": ROOM, "dtype": "float32", **settings}
+    return Embed(EmbedSettings(**settings), context or Context("/nowhere"))
+
+
+def by_hand(folder: Path, caption: str, padded: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One caption through transformers, as its documentation and diffusers' pipelines do it."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    cls = getattr(transformers, kind_of(str(folder)).class_name)
+    model = cls.from_pretrained(folder).eval()
+    padding = {"padding": "max_length"} if padded else {}
+    ids = tokenizer(caption, truncation=True, max_length=ROOM, return_tensors="pt", **padding)
+    with torch.no_grad():
+        output = model(ids.input_ids)
+    pooled = getattr(output, "text_embeds", getattr(output, "pooler_output", None))
+    return output.last_hidden_state[0], None if pooled is None else pooled[0]
+
+
+@pytest.mark.parametrize("padding", ["none", "max_length"])
+def test_embeddings_equal_transformers_own(folder: Path, padding: Any) -> None:
+    for caption, text in zip(CAPTIONS, loaded(folder, padding=padding).encode(CAPTIONS)):
+        wanted, pooled = by_hand(folder, caption, padding == "max_length")
+        torch.testing.assert_close(tensor(text), wanted, atol=1e-5, rtol=0)
+        assert isinstance(text, Text) and (text.pooled is None) == (pooled is None)
+        if pooled is not None and text.pooled is not None:
+            found = torch.frombuffer(bytearray(text.pooled), dtype=torch.float32)
+            torch.testing.assert_close(found, pooled, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padding", ["none", "max_length"])
+def test_neither_batch_nor_order_nor_neighbours_matter(folder: Path, padding: Any) -> None:
+    together = loaded(folder, padding=padding, batch=8).encode([*CAPTIONS, LONG])
+    alone = loaded(folder, padding=padding, batch=1).encode([LONG, *reversed(CAPTIONS)])
+    for one, other in zip(together, reversed(alone), strict=True):
+        torch.testing.assert_close(tensor(one), tensor(other), atol=1e-5, rtol=0)
+
+
+def test_padding_without_a_mask_is_another_embedding(t5: Path) -> None:
+    """Why there are two: in T5 every token sees the padding, if nothing hides it."""
+    (own,) = loaded(t5).encode(["the dog"])
+    (padded,) = loaded(t5, padding="max_length").encode(["the dog"])
+    assert tensor(own).shape == (3, 16) and tensor(padded).shape == (ROOM, 16)
+    assert (tensor(own) - tensor(padded)[:3]).abs().max() > 0.01
+    assert isinstance(own, Text) and isinstance(padded, Text) and own.tokens == padded.tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "padding"), [("CogVideoXPipeline", "max_length"), ("LTXPipeline", "max_length")]
+)
+def test_padded_as_the_pipelines_do_it(t5: Path, pipeline: str, padding: Any) -> None:
+    import diffusers
+    import transformers
+
+    made = getattr(diffusers, pipeline)(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(t5),
+        text_encoder=transformers.T5EncoderModel.from_pretrained(t5),
+        vae=None,
+        transformer=None,
+        scheduler=None,
+    )
+    with torch.no_grad():
+        wanted = made._get_t5_prompt_embeds(CAPTIONS, max_sequence_length=ROOM, device="cpu")
+    wanted, mask = wanted if isinstance(wanted, tuple) else (wanted, None)
+    for i, text in enumerate(loaded(t5, padding=padding).encode(CAPTIONS)):
+        torch.testing.assert_close(tensor(text), wanted[i], atol=1e-5, rtol=0)
+        if mask is not None:
+            assert isinstance(text, Text) and int(mask[i].sum()) == text.tokens
+
+
+def test_unpadded_is_what_wan_pads_with_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+    import transformers
+    from diffusers.pipelines.wan import pipeline_wan
+
+    folder = make(tmp_path / "umt5", "umt5")
+    # It cleans prompts with ftfy, which need not be installed; these are clean.
+    monkeypatch.setattr(pipeline_wan, "prompt_clean", str.strip)
+    made = diffusers.WanPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
+        text_encoder=transformers.UMT5EncoderModel.from_pretrained(folder),
+        vae=None,
+        transformer=None,
+        scheduler=None,
+    )
+    with torch.no_grad():
+        wanted = made._get_t5_prompt_embeds(CAPTIONS, max_sequence_length=ROOM, device="cpu")
+    for i, text in enumerate(loaded(folder).encode(CAPTIONS)):
+        values = tensor(text)
+        torch.testing.assert_close(values, wanted[i, : len(values)], atol=1e-5, rtol=0)
+        assert not wanted[i, len(values) :].any()
+
+
+def test_each_distinct_caption_goes_through_once(t5: Path) -> None:
+    encoder = loaded(t5, remember=1 << 20)
+    first = encoder.encode(CAPTIONS)
+    assert encoder.encoded == len(set(CAPTIONS)) and first[1] == first[4]
+    assert encoder.encode(list(reversed(CAPTIONS))) == list(reversed(first))
+    assert encoder.encoded == len(set(CAPTIONS))
+    forgetful = loaded(t5)
+    forgetful.encode(CAPTIONS)
+    forgetful.encode(CAPTIONS)
+    assert forgetful.encoded == 2 * len(set(CAPTIONS))
+
+
+def test_what_is_kept_for_later_is_bounded(t5: Path) -> None:
+    size = 16 * 4
+    encoder = loaded(t5, remember=6 * size)  # two captions of two words and the end
+    encoder.encode(["a dog"])
+    encoder.encode(["a cat"])
+    encoder.encode(["a dog"])
+    encoder.encode(["a bird"])  # the cat goes: the dog was used since
+    assert encoder.encoded == 3
+    encoder.encode(["a dog"])
+    assert encoder.encoded == 3
+    encoder.encode(["a cat"])
+    assert encoder.encoded == 4
+
+
+def test_a_long_caption_is_cut_and_counted(t5: Path) -> None:
+    long, short = loaded(t5, max_length=5).encode([LONG, "the dog"])
+    assert isinstance(long, Text) and isinstance(short, Text)
+    assert (long.tokens, long.truncated, long.shape) == (5, True, (5, 16))
+    assert (short.tokens, short.truncated) == (3, False)
+
+
+def test_bfloat16_is_float32_rounded(t5: Path) -> None:
+    (half,) = loaded(t5, dtype="bfloat16").encode(CAPTIONS[:1])
+    (full,) = loaded(t5).encode(CAPTIONS[:1])
+    difference = (tensor(half, torch.bfloat16).float() - tensor(full)).abs().max()
+    assert 0 < difference < 0.1 * tensor(full).abs().max()
+
+
+def test_a_batch_that_does_not_fit_is_halved(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, asked = loaded(t5, batch=4), []
+    forward = encoder._forward
+
+    def short(tokens: list[list[int]]) -> Any:
+        asked.append(len(tokens))
+        if len(tokens) > 2 or max(map(len, tokens)) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(tokens)
+
+    monkeypatch.setattr(encoder, "_forward", short)
+    *texts, lost = encoder.encode([*CAPTIONS, LONG])
+    assert asked[:2] == [4, 2]
+    wanted = loaded(t5).encode(CAPTIONS)
+    for text, other in zip(texts, wanted, strict=True):
+        torch.testing.assert_close(tensor(text), tensor(other), atol=1e-5, rtol=0)
+    assert isinstance(lost, Failed) and lost.error == "out_of_memory"
+
+
+# ----------------------------------------------------------------------------- the stage
+
+
+def table(made: Embed, rows: list[Any]) -> pa.Table:
+    """Outcomes as the pipeline would write them."""
+    schema = pa.schema([pa.field("n", pa.int32()), *made.adds])
+    given = [row if isinstance(row, dict) else {} for row in rows]
+    return pa.Table.from_pylist([{"n": i, **row} for i, row in enumerate(given)], schema)
+
+
+def test_a_file_holds_each_embedding_once(t5: Path) -> None:
+    made = stage(t5)
+    model = made.setup()
+    captions = [*CAPTIONS, None]
+    outcomes = made.process([{"caption": c} for c in captions], model)
+    again = made.process([{"caption": c} for c in captions[:2]], model)
+    rows = table(made, [*outcomes, Failed("out_of_memory"), *again])
+    packed = made.packed(rows, rows)
+    assert packed.schema == rows.schema
+    found = packed.to_pylist()
+    assert [row["embedding_row"] for row in found] == [0, 1, 2, 3, 1, 5, 2, None, 0, 1]
+    assert [row["embedding"] is not None for row in found] == [
+        True, True, True, True, False, True, False, False, False, False,
+    ]  # fmt: skip
+    assert [row["embedding_empty"] is not None for row in found] == [True] + [False] * 9
+    assert found[0]["embedding_empty"] == found[2]["embedding"]
+    for caption, row in zip(captions, found):
+        (text,) = model.encode([caption or ""])
+        bearer = found[row["embedding_row"]]
+        assert (
+            bearer["embedding"] == text.values and bearer["embedding_key"] == row["embedding_key"]
+        )
+        assert row["embedding_shape"] == list(text.shape)
+
+
+def test_rows_that_somebody_else_committed_leave_their_payload(t5: Path) -> None:
+    made = stage(t5)
+    rows = table(made, made.process([{"caption": c} for c in CAPTIONS], made.setup()))
+    rest = made.packed(rows.slice(3), rows).to_pylist()
+    assert [row["embedding_row"] for row in rest] == [0, 1, 2]
+    assert rest[1]["embedding"] == rows["embedding"][1].as_py(), "the dog of the rows that went"
+    assert rest[0]["embedding_empty"] == rows["embedding_empty"][0].as_py() is not None
+    nothing = made.packed(rows.slice(0, 0), rows)
+    assert len(nothing) == 0 and nothing.schema == rows.schema
+
+
+def test_pooled_vectors_go_with_their_embedding(tmp_path: Path) -> None:
+    made = stage(make(tmp_path / "clip", "clip_projection"))
+    rows = table(made, made.process([{"caption": c} for c in ("a dog", "a dog")], made.setup()))
+    first, second = made.packed(rows, rows).to_pylist()
+    assert len(first["embedding_pooled"]) == 8 * 4 and second["embedding_pooled"] is None
+
+
+def test_the_caption_to_train_on_is_read(t5: Path) -> None:
+    assert stage(t5).reads == ("caption",)
+    recaptioned = Context("/nowhere", captions="recaption")
+    assert stage(t5, recaptioned).reads == ("recaption",)
+    assert stage(t5, recaptioned, column="source_text").reads == ("source_text",)
+    named = stage(t5, column="caption")
+    assert named.fingerprint == stage(t5).fingerprint, "named or by default: the same column"
+    columns = pa.schema([pa.field("caption", pa.string()), pa.field("len", pa.int64())])
+    stage(t5).bind(columns)
+    with pytest.raises(StageError, match=r"no such column. Did you mean caption\?"):
+        stage(t5, column="captoin").bind(columns)
+    with pytest.raises(StageError, match="holds no text"):
+        stage(t5, column="len").bind(columns)
+
+
+def test_keys_name_caption_encoder_and_length(t5: Path, tmp_path: Path) -> None:
+    def key(made: Embed, caption: str = "a dog") -> str:
+        (row,) = made.process([{made.column: caption}], made.setup())
+        return str(row["embedding_key"])
+
+    usual = key(stage(t5))
+    assert usual == key(stage(t5, Context("/elsewhere", captions="recaption")))
+    assert usual == key(stage(t5, device="cpu", batch_size=3))
+    other = make(tmp_path / "other", "t5", width=8)
+    changed = [
+        key(stage(t5), "a cat"),
+        key(stage(t5, max_length=12)),
+        key(stage(t5, padding="max_length")),
+        key(stage(t5, dtype="bfloat16")),
+        key(stage(other)),
+    ]
+    assert len({usual, *changed}) == 6
+    prints = [stage(t5, **s).fingerprint for s in ({}, {"max_length": 12}, {"dtype": "float16"})]
+    assert len({*prints, stage(other).fingerprint}) == 4
+
+
+def test_a_pipelines_folder_has_both_in_their_places(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    make(tmp_path / "text_encoder", "umt5", tokenizer=tmp_path / "tokenizer")
+    made = stage(tmp_path)
+    made.check()
+    spec = made.metadata(made.setup())["spec"]
+    assert spec["encoder_class"] == "UMT5EncoderModel" and spec["width"] == 16
+    assert (spec["max_length"], spec["padding"], spec["empty_tokens"]) == (ROOM, "none", 1)
+    before = made.fingerprint
+    (tmp_path / "tokenizer" / "added.json").write_text("{}")
+    assert stage(tmp_path).fingerprint != before, "another vocabulary is another encoder"
+
+
+def test_what_can_not_be_used_is_told_before(tmp_path: Path, t5: Path) -> None:
+    clip = make(tmp_path / "clip", "clip")
+    with pytest.raises(StageError, match=rf"takes {ROOM} tokens at most: set embed.max_length"):
+        stage(clip, max_length=77).check()
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(StageError, match="a model of type bert, which embed does not know"):
+        stage(tmp_path).check()
+    with pytest.raises(StageError, match="there is no folder"):
+        stage(tmp_path / "none").check()
+    with pytest.raises(StageError, match=r"embed.tokenizer: there is no folder .*words"):
+        _ = stage(clip, tokenizer="words").fingerprint
+    (clip / "model.safetensors").write_bytes(b"")
+    with pytest.raises(StageError, match="can't be loaded"):
+        stage(clip).setup()
+
+
+def test_memory_bounds_the_rows_at_once(t5: Path) -> None:
+    assert stage(t5, max_length=64, dtype="bfloat16").batch_size == 256
+    assert stage(t5, max_length=512, dtype="bfloat16").batch_size == 64
+    assert stage(t5, max_length=8192, batch_size=20).batch_size == 20
+    assert np.prod([64, 512, 4096, 2]) == 256 << 20
