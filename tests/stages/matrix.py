@@ -120,9 +120,11 @@ class Case:
     @cached_property
     def times(self) -> list[float]:
         """When its frames are shown, seconds, from the first one that is not hidden."""
-        return [float(i / (self.rate or 30)) for i in range(FRAMES - self.hidden)] if (
-            self.rate
-        ) else [t / 1000 for t in accumulate(islice(cycle(GAPS), FRAMES - 1), initial=0)]
+        return (
+            [float(i / (self.rate or 30)) for i in range(FRAMES - self.hidden)]
+            if (self.rate)
+            else [t / 1000 for t in accumulate(islice(cycle(GAPS), FRAMES - 1), initial=0)]
+        )
 
     def make(self, folder: Path) -> Path:
         """The video, made once."""
@@ -161,8 +163,12 @@ def quick() -> list[Case]:
     ]
     found += [Case("h264", "mkv", "pyramid", rate) for rate in (NTSC, VARIABLE)]
     found += [Case("h264", "mp4", "b", turn=turn) for turn in TURNS[::2] + TURNS[1:4:2]]
-    found += [Case("hevc", "mov", "b", turn=turn) for turn in ((90, False, False), (90, True, False))]
-    found += [Case(c, w, "b", hidden=n) for c, w in (("h264", "mp4"), ("hevc", "mov")) for n in (3, 17)]
+    found += [
+        Case("hevc", "mov", "b", turn=turn) for turn in ((90, False, False), (90, True, False))
+    ]
+    found += [
+        Case(c, w, "b", hidden=n) for c, w in (("h264", "mp4"), ("hevc", "mov")) for n in (3, 17)
+    ]
     found += [
         Case(codec, where, "b", begins=5000)
         for codec, where in (("h264", "mp4"), ("h264", "mkv"), ("h264", "ts"), ("hevc", "mkv"))
