@@ -53,6 +53,15 @@ EMBEDDINGS = pa.schema(
     ]
 )
 
+# And with `first_frame`, for models that go on from a picture: the first frame alone, encoded like
+# a clip of one frame, of the same type.
+FIRST_FRAME = pa.schema(
+    [
+        pa.field("first_frame_latents", pa.binary()),
+        pa.field("first_frame_latents_shape", pa.list_(pa.int32())),  # (C or 2C, 1, H, W)
+    ]
+)
+
 INDEX = pa.schema(
     [
         pa.field("clip_id", pa.string(), nullable=False),

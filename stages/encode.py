@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, Field
 
 from manifests.schema import child_id
-from manifests.shards import LATENTS, LatentSpec
+from manifests.shards import FIRST_FRAME, LATENTS, LatentSpec
 from stages.ahead import ahead
 from stages.base import (
     Context,
@@ -62,12 +62,15 @@ class EncodeSettings(DecodingSettings):
         description="clips given to the VAE at once; auto: 1 on a CPU, found by trial on a GPU",
     )
     moments: bool = Field(True, description="keep mean and log-variance; false: the mean alone")
+    first_frame: bool = Field(
+        False, description="also the first frame by itself, as image-to-video models take it"
+    )
     device: Speed[str] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     pictures: Speed[int] = Field(
         64, ge=1, description="frames that go through a picture VAE at once"
     )
     channels_last: Speed[bool | None] = Field(
-        None, description="memory format of the VAE; default: for picture VAEs, not for video VAEs"
+        None, description="memory format on a GPU; default: for picture VAEs, not for video VAEs"
     )
     compile: Speed[bool] = Field(
         False, description="torch.compile: a minute or more a worker at its start, then faster"
@@ -92,7 +95,7 @@ class Encode(Stage[EncodeSettings, Vae]):
     """Latents of each clip (`manifests.shards.LATENTS`), batched across clips."""
 
     name = "encode"
-    version = 2  # 2: chroma as fine as luma; numbers in float32 before half precision; rate
+    version = 2  # 2: chroma as fine as luma; numbers in float32 before half precision
     Settings = EncodeSettings
     reads = ("content", "start", "end")
     carries = CARRIED
@@ -105,6 +108,8 @@ class Encode(Stage[EncodeSettings, Vae]):
     def __init__(self, settings: EncodeSettings, context: Context) -> None:
         super().__init__(settings, context)
         self.splits = context.sampling.splits
+        if settings.first_frame:
+            self.adds = pa.schema([*LATENTS, *FIRST_FRAME])
 
     @property
     def batch_size(self) -> int:
@@ -267,11 +272,14 @@ class Flight:
 
     def __init__(self, stage: Encode, model: Vae) -> None:
         self._settings, self._model = stage.settings, model
-        self._flying: tuple[list[Waiting], Encoded] | None = None
+        self._flying: tuple[list[Waiting], list[Encoded]] | None = None
 
     def launch(self, batch: list[Waiting]) -> None:
-        frames = self._model.batch([each.clip.frames for each in batch])
-        launched = self._model.encode(frames, self._settings.moments)
+        model, moments = self._model, self._settings.moments
+        frames = model.batch([each.clip.frames for each in batch])
+        launched = [model.encode(frames, moments)]
+        if self._settings.first_frame:
+            launched.append(model.encode(frames[:, :1], moments))
         self.land()
         self._flying = batch, launched
 
@@ -280,15 +288,15 @@ class Flight:
             return
         batch, launched = self._flying
         self._flying = None
-        for waiting, latents in zip(batch, self._model.fetch(launched), strict=True):
-            waiting.settle(
-                latents if isinstance(latents, Failed) else columns(waiting.clip, latents)
-            )
+        fetched = (self._model.fetch(encoded) for encoded in launched)
+        for waiting, *latents in zip(batch, *fetched, strict=True):
+            failed = next((one for one in latents if isinstance(one, Failed)), None)
+            waiting.settle(failed or columns(waiting.clip, *latents))
 
 
-def columns(clip: Clip, latents: torch.Tensor) -> Row:
-    """What is stored of an encoded clip."""
-    return {
+def columns(clip: Clip, latents: torch.Tensor, first: torch.Tensor | None = None) -> Row:
+    """What is stored of an encoded clip; `first`: the latents of its first frame alone."""
+    made = {
         "latents": raw_bytes(latents),
         "latents_shape": list(latents.shape),
         "latents_dtype": str(latents.dtype).removeprefix("torch."),
@@ -297,6 +305,13 @@ def columns(clip: Clip, latents: torch.Tensor) -> Row:
         "window_start": float(clip.start),
         "window_end": float(clip.end),
     }
+    if first is None:
+        return made
+    one = {
+        "first_frame_latents": raw_bytes(first),
+        "first_frame_latents_shape": list(first.shape),
+    }
+    return made | one
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
