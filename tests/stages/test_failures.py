@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from numbered import make
@@ -107,8 +105,7 @@ def test_a_clip_beyond_the_limit_fails_and_names_the_setting(name: str, tmp_path
     cls: type[Stage] = builtin()[name]
     context = Context(str(tmp_path), sampling=Sampling(frames=4, size=64))
     settings = {"decode_seconds": 1e-9, "max_pixels": 64 * 64}
-    vae = SimpleNamespace(decoding_threads=1, idle=lambda: True)
-    model: Any = vae if name == "encode" else None
+    model = cls(cls.Settings(), context).setup()
     (outcome,) = cls(cls.Settings(**settings), context).process([row], model)
     assert isinstance(outcome, Failed) and outcome.error == "decode_timeout"
     assert f"more than 1e-09 s ({name}.decode_seconds)" in outcome.message
