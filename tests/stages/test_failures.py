@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from numbered import make
@@ -106,15 +104,12 @@ def test_a_clip_beyond_the_limit_fails_and_names_the_setting(name: str, tmp_path
     }
     cls: type[Stage] = builtin()[name]
     context = Context(str(tmp_path), sampling=Sampling(frames=4, size=64))
-    settings: dict[str, Any] = {"decode_seconds": 1e-9, "max_pixels": 64 * 64}
-    if name == "encode":
-        settings |= {"batch_size": 1, "threads": 1}
-    model: Any = SimpleNamespace(idle=lambda: True)  # it does not come so far
+    settings = {"decode_seconds": 1e-9, "max_pixels": 64 * 64}
+    model = cls(cls.Settings(), context).setup()
     (outcome,) = cls(cls.Settings(**settings), context).process([row], model)
     assert isinstance(outcome, Failed) and outcome.error == "decode_timeout"
     assert f"more than 1e-09 s ({name}.decode_seconds)" in outcome.message
-    settings |= {"decode_seconds": 60, "max_pixels": 9}
-    (outcome,) = cls(cls.Settings(**settings), context).process([row], model)
+    (outcome,) = cls(cls.Settings(max_pixels=9), context).process([row], model)
     assert isinstance(outcome, Failed) and outcome.error == "frame_too_large"
     usual = cls(cls.Settings(), context)
     assert usual.time_limit > usual.settings.decode_seconds

@@ -29,7 +29,7 @@ def test_the_first_frame_is_encoded_as_a_clip_of_one(tmp_path: Path, kind: str) 
     stage = Encode(settings, Context(str(tmp_path), sampling=sampling))
     assert stage.adds.names == [*LATENTS.names, *FIRST_FRAME.names]
     paths = [make(tmp_path / f"{n}.mp4", 12 + n, 25) for n in range(3)]
-    rows = [{"path": str(path), "start": 0.08, "end": None} for path in paths]
+    rows = [{"clip_id": str(path), "path": str(path), "start": 0.08, "end": None} for path in paths]
     model = stage.setup()
     made = stage.process(rows, model)
     for path, row in zip(paths, made, strict=True):
