@@ -136,8 +136,10 @@ class Encode(Stage[EncodeSettings, Vae]):
 
     def check(self) -> None:
         vae = shape_of(self.folder())
-        for shape in self.context.sampling.shapes:
-            vae.check(shape.frames, shape.height, shape.width)
+        sampling = self.context.sampling
+        for number, shape in enumerate(sampling.shapes):
+            bucket = number if sampling.buckets else None
+            vae.check(shape.frames, shape.height, shape.width, bucket)
 
     def setup(self) -> Vae:
         s = self.settings
