@@ -22,10 +22,12 @@ from stages.base import (
     Row,
     Speed,
     Stage,
+    StageError,
     alive,
     spent,
 )
 from stages.files import CARRIED, clip_file
+from stages.media import backends
 from stages.media.frames import Clip, TooShort, read_clip
 from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, VideoError
 from stages.models import model_identity, resolve
@@ -53,6 +55,9 @@ class EncodeSettings(DecodingSettings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the VAE and of the latents as stored"
+    )
+    backend: backends.Name = Field(
+        "pyav", description="decoder; for where decord and torchcodec fail, see docs/stages.md"
     )
     batch_size: Annotated[Speed[int | None], BeforeValidator(_auto)] = Field(
         None,
@@ -126,8 +131,14 @@ class Encode(Stage[EncodeSettings, Vae]):
     def check(self) -> None:
         sampling = self.context.sampling
         shape_of(self.folder()).check(sampling.frames, sampling.height, sampling.width)
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        if lacking := backends.missing(self.settings.backend):
+            raise StageError(f"encode.backend: {lacking}")
 
     def setup(self) -> Vae:
+        self._check_backend()  # here too: a worker's machine may lack what the driver's has
         s = self.settings
         options = Options(s.pictures, s.channels_last, s.compile, s.slicing, s.tiling)
         return Vae(self.folder(), s.dtype, s.device, options)
@@ -229,7 +240,14 @@ class Encode(Stage[EncodeSettings, Vae]):
         try:
             with clip_file(row, self.context) as path:
                 sampling = self.context.sampling
-                clip = read_clip(path, sampling, row["start"], row["end"], budget=budget)
+                clip = read_clip(
+                    path,
+                    sampling,
+                    row["start"],
+                    row["end"],
+                    budget=budget,
+                    backend=backends.named(self.settings.backend),
+                )
         except TooShort as error:
             yield Rejected("too_short", str(error))
         except VideoError as error:

@@ -18,9 +18,7 @@ from stages.media.video import Budget
 REFUSED = ("mpegts", "mpeg")
 
 
-def alone(
-    path: str, times: Sequence[float], budget: Budget, threads: int = 1
-) -> Iterator[Picture]:
+def alone(path: str, times: Sequence[float], budget: Budget, threads: int = 1) -> Iterator[Picture]:
     """The frames at `times`, a `base.Backend`. Raises Unable."""
     seen = look(path, times, budget, REFUSED)
     wanted = set(seen.numbers)

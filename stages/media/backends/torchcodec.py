@@ -20,9 +20,7 @@ REFUSED = ("mpegts", "mpeg")
 FULL = 2  # AVCOL_RANGE_JPEG
 
 
-def alone(
-    path: str, times: Sequence[float], budget: Budget, threads: int = 1
-) -> Iterator[Picture]:
+def alone(path: str, times: Sequence[float], budget: Budget, threads: int = 1) -> Iterator[Picture]:
     """The frames at `times`, a `base.Backend`. Raises Unable."""
     seen = look(path, times, budget, REFUSED)
     form = seen.frame.format.name
