@@ -24,6 +24,7 @@ from stages.base import (
     Row,
     Speed,
     Stage,
+    StageError,
     alive,
     spent,
 )
