@@ -32,6 +32,9 @@ LATENTS = pa.schema(
         pa.field("latents_shape", pa.list_(pa.int32())),  # (C or 2C, F, H, W)
         pa.field("latents_dtype", pa.string()),  # float32 | float16 | bfloat16
         pa.field("frame_times", pa.list_(pa.float64())),  # seconds, of the frames picked
+        pa.field("latents_fps", pa.float64()),  # the rate that the frames stand for
+        pa.field("window_start", pa.float64()),  # of the part of the video that they stand for,
+        pa.field("window_end", pa.float64()),  # seconds
     ]
 )
 
@@ -47,6 +50,15 @@ EMBEDDINGS = pa.schema(
         pa.field("embedding_row", pa.int32()),  # row of the same file that holds it
         pa.field("embedding_tokens", pa.int32()),  # the caption's own, at most max_length
         pa.field("embedding_truncated", pa.bool_()),  # it was longer
+    ]
+)
+
+# And with `first_frame`, for models that go on from a picture: the first frame alone, encoded like
+# a clip of one frame, of the same type.
+FIRST_FRAME = pa.schema(
+    [
+        pa.field("first_frame_latents", pa.binary()),
+        pa.field("first_frame_latents_shape", pa.list_(pa.int32())),  # (C or 2C, 1, H, W)
     ]
 )
 

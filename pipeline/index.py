@@ -80,7 +80,9 @@ def _state(pipeline: Pipeline, wanted: Sequence[str]) -> str:
 
 def _ready(view: UnitView, wanted: Sequence[str], column: str) -> pa.Table:
     """The unit's clips that every stage of `wanted` kept, in the order of their latents."""
-    settled = [view.settled(name) for name in wanted]
+    for name in wanted:
+        view.settled(name)
+    settled = [view.settled(name) for name in wanted]  # only now: a split re-indexes all of them
     ready = pa.scalar(True)
     for stage in settled:
         ready = pc.and_(ready, pc.fill_null(pc.equal(stage.outcome, KEPT), False))

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import BeforeValidator, Field
 
-from manifests.shards import LATENTS, LatentSpec
+from manifests.schema import child_id
+from manifests.shards import FIRST_FRAME, LATENTS, LatentSpec
 from stages.ahead import ahead
 from stages.base import (
+    Context,
     Failed,
     Named,
     Outcome,
@@ -26,7 +28,7 @@ from stages.base import (
     spent,
 )
 from stages.files import CARRIED, clip_file
-from stages.media.frames import Clip, TooShort, read_clip
+from stages.media.frames import Clip, Unsuited, read_clips
 from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, VideoError
 from stages.models import model_identity, resolve
 from stages.vae.batches import Answer, Gathered, Waiting
@@ -60,12 +62,15 @@ class EncodeSettings(DecodingSettings):
         description="clips given to the VAE at once; auto: 1 on a CPU, found by trial on a GPU",
     )
     moments: bool = Field(True, description="keep mean and log-variance; false: the mean alone")
+    first_frame: bool = Field(
+        False, description="also the first frame by itself, as image-to-video models take it"
+    )
     device: Speed[str] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     pictures: Speed[int] = Field(
         64, ge=1, description="frames that go through a picture VAE at once"
     )
     channels_last: Speed[bool | None] = Field(
-        None, description="memory format of the VAE; default: for picture VAEs, not for video VAEs"
+        None, description="memory format on a GPU; default: for picture VAEs, not for video VAEs"
     )
     compile: Speed[bool] = Field(
         False, description="torch.compile: a minute or more a worker at its start, then faster"
@@ -100,6 +105,12 @@ class Encode(Stage[EncodeSettings, Vae]):
     transient = READING_MAY_PASS
     default_resources = Resources(cpus=1)
 
+    def __init__(self, settings: EncodeSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        self.splits = context.sampling.splits
+        if settings.first_frame:
+            self.adds = pa.schema([*LATENTS, *FIRST_FRAME])
+
     @property
     def batch_size(self) -> int:
         """Rows taken at once: one, as `stream` makes the VAE's batches of what is decoded."""
@@ -111,7 +122,7 @@ class Encode(Stage[EncodeSettings, Vae]):
 
     def identity(self) -> dict[str, Any]:
         model = model_identity(self.settings.vae, self.settings.revision, self._subfolder)
-        sampling = self.context.sampling.model_dump(mode="json")
+        sampling = self.context.sampling.identity()
         return {**super().identity(), "model": model, "sampling": sampling}
 
     @property
@@ -124,8 +135,9 @@ class Encode(Stage[EncodeSettings, Vae]):
         return resolve(self.settings.vae, self.settings.revision, self._subfolder)
 
     def check(self) -> None:
-        sampling = self.context.sampling
-        shape_of(self.folder()).check(sampling.frames, sampling.height, sampling.width)
+        vae = shape_of(self.folder())
+        for shape in self.context.sampling.shapes:
+            vae.check(shape.frames, shape.height, shape.width)
 
     def setup(self) -> Vae:
         s = self.settings
@@ -170,7 +182,7 @@ class Encode(Stage[EncodeSettings, Vae]):
 
         def noted() -> Iterator[Row]:
             for number, row in enumerate(rows):
-                answers[number] = Answer()
+                answers[number] = Answer(row["clip_id"])
                 yield row
 
         decoded = ahead(
@@ -208,8 +220,16 @@ class Encode(Stage[EncodeSettings, Vae]):
     def _whole(self, answers: dict[int, Answer]) -> Iterator[tuple[int, Outcome]]:
         """Takes the answers that are complete out of `answers`."""
         for number in [number for number, answer in answers.items() if answer.whole]:
-            made = answers.pop(number).made()
-            yield number, made[0] if isinstance(made, list) else made
+            yield number, self._outcome(answers.pop(number))
+
+    def _outcome(self, answer: Answer) -> Outcome:
+        made = answer.made()
+        if not isinstance(made, list):
+            return made
+        if not self.splits:
+            return made[0]
+        spans = [(one["window_start"], one["window_end"]) for one in made]
+        return [{**one, "clip_id": child_id(answer.clip, *s)} for one, s in zip(made, spans)]
 
     def _awaited(
         self, decoded: Iterator[tuple[int, Decoded | None]], model: Vae
@@ -228,14 +248,20 @@ class Encode(Stage[EncodeSettings, Vae]):
         budget = Budget(self.settings, self.name)
         try:
             with clip_file(row, self.context) as path:
-                sampling = self.context.sampling
-                clip = read_clip(path, sampling, row["start"], row["end"], budget=budget)
-        except TooShort as error:
-            yield Rejected("too_short", str(error))
+                for clip in read_clips(
+                    path,
+                    self.context.sampling,
+                    row["start"],
+                    row["end"],
+                    clip=row["clip_id"],
+                    budget=budget,
+                ):
+                    yield clip
+                    alive()
+        except Unsuited as error:
+            yield Rejected(error.reason, str(error))
         except VideoError as error:
             yield Failed(error.error, str(error))
-        else:
-            yield clip
         finally:
             alive()
 
@@ -246,11 +272,14 @@ class Flight:
 
     def __init__(self, stage: Encode, model: Vae) -> None:
         self._settings, self._model = stage.settings, model
-        self._flying: tuple[list[Waiting], Encoded] | None = None
+        self._flying: tuple[list[Waiting], list[Encoded]] | None = None
 
     def launch(self, batch: list[Waiting]) -> None:
-        frames = self._model.batch([each.clip.frames for each in batch])
-        launched = self._model.encode(frames, self._settings.moments)
+        model, moments = self._model, self._settings.moments
+        frames = model.batch([each.clip.frames for each in batch])
+        launched = [model.encode(frames, moments)]
+        if self._settings.first_frame:
+            launched.append(model.encode(frames[:, :1], moments))
         self.land()
         self._flying = batch, launched
 
@@ -259,20 +288,30 @@ class Flight:
             return
         batch, launched = self._flying
         self._flying = None
-        for waiting, latents in zip(batch, self._model.fetch(launched), strict=True):
-            waiting.settle(
-                latents if isinstance(latents, Failed) else columns(waiting.clip, latents)
-            )
+        fetched = (self._model.fetch(encoded) for encoded in launched)
+        for waiting, *latents in zip(batch, *fetched, strict=True):
+            failed = next((one for one in latents if isinstance(one, Failed)), None)
+            waiting.settle(failed or columns(waiting.clip, *latents))
 
 
-def columns(clip: Clip, latents: torch.Tensor) -> Row:
-    """What is stored of an encoded clip."""
-    return {
+def columns(clip: Clip, latents: torch.Tensor, first: torch.Tensor | None = None) -> Row:
+    """What is stored of an encoded clip; `first`: the latents of its first frame alone."""
+    made = {
         "latents": raw_bytes(latents),
         "latents_shape": list(latents.shape),
         "latents_dtype": str(latents.dtype).removeprefix("torch."),
         "frame_times": [float(t) for t in clip.times],
+        "latents_fps": float(clip.fps),
+        "window_start": float(clip.start),
+        "window_end": float(clip.end),
     }
+    if first is None:
+        return made
+    one = {
+        "first_frame_latents": raw_bytes(first),
+        "first_frame_latents_shape": list(first.shape),
+    }
+    return made | one
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -12,8 +11,8 @@ from pydantic import Field
 
 from stages.base import Failed, Outcome, Row, Stage, alive
 from stages.files import CARRIED, clip_file
-from stages.media.picks import picks
-from stages.media.picture import display_matrix, quarter_turned
+from stages.media.look import first_picture
+from stages.media.picks import Clock, picks
 from stages.media.sampling import Sampling
 from stages.media.timeline import Timeline, section, timeline
 from stages.media.video import (
@@ -24,7 +23,6 @@ from stages.media.video import (
     VideoError,
     opened,
     packets,
-    translated,
 )
 
 # A gap between frames is irregular from this share of the median on (and beyond rounding).
@@ -108,7 +106,8 @@ def probed(
         times = line.times[part.first : part.last]
         rate = video.stream.average_rate
         nominal = float(rate) if rate else None
-        picked = picks(times, part.t1, sampling, part.t0, video.slack, nominal)
+        longest = sampling.model_copy(update={"frames": sampling.most})
+        picked = picks(times, part.t1, longest, part.t0, Clock(nominal, video.slack))
         return {
             "codec": video.stream.codec_context.codec.canonical_name,
             "pix_fmt": look.pix_fmt,
@@ -164,34 +163,3 @@ def irregular(times: list[float], slack: float) -> bool:
         return False
     usual = median(gaps)
     return any(abs(gap - usual) > IRREGULAR * usual + 2 * slack for gap in gaps)
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a video shows: its size upright, and what was turned for it."""
-
-    width: int
-    height: int
-    rotation: int
-    pix_fmt: str
-
-
-def first_picture(video: Video, packet: Any) -> Look:
-    """Decodes one key frame, alone: that tells the rotation, which PyAV says of frames only, and
-    that the codec works. Raises VideoError: decode_error."""
-    import av
-
-    codec = video.stream.codec_context
-    frames: list[Any] = []
-    if packet is not None:
-        # A bare copy: on the packet itself an edit list may say that its frame is not shown.
-        try:
-            frames = codec.decode(av.Packet(bytes(packet))) or codec.decode(None)
-        except av.error.FFmpegError as error:
-            raise translated(error) from error
-    if not frames:
-        return Look(codec.width, codec.height, 0, codec.pix_fmt or "")
-    frame = frames[0]
-    size = frame.width, frame.height
-    width, height = size[::-1] if quarter_turned(display_matrix(frame)) else size
-    return Look(width, height, frame.rotation, frame.format.name)

@@ -199,7 +199,8 @@ def seek(video: Video, seconds: float) -> bool:
     """To the key frame before `seconds`. False where that is the beginning, or can't be done."""
     import av
 
-    if not video.stamped or seconds < 0.5:
+    # MPEG-PS tells few times; those between come out otherwise after a seek.
+    if not video.stamped or video.container.format.name == "mpeg" or seconds < 0.5:
         return False
     try:
         video.container.seek(int((seconds + video.origin) / video.tick), stream=video.stream)

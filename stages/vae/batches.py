@@ -13,6 +13,7 @@ from stages.media.frames import Clip
 class Answer:
     """A row on its way: its clips, one or several windows, and what became of each."""
 
+    clip: str = ""  # the row's id
     clips: list[Row | Failed | None] = field(default_factory=list)
     verdict: Rejected | Failed | None = None  # why the row as a whole is not encoded
     ended: bool = False  # there will be no more clips

@@ -36,7 +36,7 @@ class Options:
     """How a VAE is run. All but `tiling` change latents by rounding alone."""
 
     pictures: int = 64  # frames that go through a picture VAE at once
-    channels_last: bool | None = None  # memory format; None: for picture VAEs
+    channels_last: bool | None = None  # memory format on a GPU; None: for picture VAEs
     compile: bool = False  # the encoder, by torch.compile
     slicing: bool = False  # clips of a batch one by one
     tiling: bool = False  # pictures in overlapping tiles
@@ -81,7 +81,11 @@ class Vae:
         self.module = module.to(self.device).eval().requires_grad_(False)
         self.channels = channels_of(module)
         self.shift, self.scale = scaling_of(module)
-        self._format = self._arranged()
+        self._format = torch.contiguous_format
+        wanted = options.channels_last
+        # On a CPU, PyTorch's GroupNorm loses up to two digits of flat pictures in that format.
+        if self.device.type != "cpu" and (not self.family.video if wanted is None else wanted):
+            self._format = channels_last(module, self.family.video)
         if options.slicing or not self.family.batches:
             self.module.enable_slicing()
         if options.tiling:
@@ -97,20 +101,6 @@ class Vae:
                 # float32 means it: by default convolutions round their factors to 11 bits (TF32).
                 torch.backends.cudnn.allow_tf32 = False
                 torch.backends.cuda.matmul.allow_tf32 = False
-
-    def _arranged(self) -> torch.memory_format:
-        """Puts the weights into the memory format asked for, and returns that of the frames."""
-        import torch
-
-        wanted = self.options.channels_last
-        if not (not self.family.video if wanted is None else wanted):
-            return torch.contiguous_format
-        flat, solid = torch.channels_last, torch.channels_last_3d
-        for weight in self.module.parameters():
-            if weight.dim() in (4, 5):
-                form = flat if weight.dim() == 4 else solid
-                weight.data = weight.data.contiguous(memory_format=form)
-        return solid if self.family.video else flat
 
     @property
     def decoding_threads(self) -> int:
@@ -292,6 +282,18 @@ class Vae:
         if not self.module.config.get("timestep_conditioning"):
             return {}
         return {"temb": torch.zeros(clips, device=self.device, dtype=self.dtype)}
+
+
+def channels_last(module: torch.nn.Module, video: bool) -> torch.memory_format:
+    """Puts the weights into that memory format, and returns the frames' one."""
+    import torch
+
+    flat, solid = torch.channels_last, torch.channels_last_3d
+    for weight in module.parameters():
+        if weight.dim() in (4, 5):
+            form = flat if weight.dim() == 4 else solid
+            weight.data = weight.data.contiguous(memory_format=form)
+    return solid if video else flat
 
 
 def _no_room(latents: torch.Tensor | Failed) -> bool:

@@ -80,7 +80,7 @@ def settle(path: Path, start: float | None, end: float | None) -> tuple[str, str
     probe = Probe(ProbeSettings(**limit), context)
     score = Score(ScoreSettings(frames=3, side=64, **limit), context)
     encode = Encode(EncodeSettings(**limit), context)
-    row = {"path": str(path), "start": start, "end": end}
+    row = {"clip_id": path.name, "path": str(path), "start": start, "end": end}
     for stage, model in ((probe, None), (score, None), (encode, Trivial())):
         (outcome,) = stage.process([row], model)
         match outcome:

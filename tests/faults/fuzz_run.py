@@ -31,6 +31,11 @@ LIMITS: dict[str, Any] = {"decode_seconds": 30.0, "time_limit": 60.0}
 class Trivial:
     """Stands in for the VAE: latents of one number a clip."""
 
+    decoding_threads = 1
+
+    def idle(self) -> bool:
+        return True
+
     def encode(self, clips: Any, pictures: int, moments: bool) -> list[Any]:
         return [clip.float().mean().reshape(1, 1, 1, 1) for clip in clips]
 

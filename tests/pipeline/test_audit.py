@@ -40,7 +40,8 @@ class Encode(Shout):
         return {"spec": SPEC}
 
     def process(self, rows: list[Row], model: str) -> list[Outcome]:
-        made = {"latents_shape": [1, 1, 2, 2], "latents_dtype": "float32", "frame_times": [0.0]}
+        made = dict.fromkeys(LATENTS.names)
+        made |= {"latents_shape": [1, 1, 2, 2], "latents_dtype": "float32", "frame_times": [0.0]}
         return [{**made, "latents": (row["caption"] * 16).encode()[:16]} for row in rows]
 
 

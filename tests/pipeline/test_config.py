@@ -63,7 +63,9 @@ def test_a_mistake_names_line_key_value_and_what_is_allowed(
 
 
 def test_an_unknown_key_lists_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Allowed here: .*fit, fps, frames, policy, short, size"):
+    with pytest.raises(
+        ConfigError, match=r"Allowed here: buckets, fit, fps, frames, .*size, start, windows"
+    ):
         parsed(SHORT.replace("fps: 16", "zzz: 16"), tmp_path)
 
 

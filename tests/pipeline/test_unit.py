@@ -403,7 +403,7 @@ def test_the_index_comes_back_after_nothing_was_kept(tmp_path: Path) -> None:
 
         def process(self, rows: list[Row], model: str) -> list[Outcome]:
             made = {"latents": b"1234", "latents_shape": [1, 1, 1, 1], "latents_dtype": "float32"}
-            return [{**made, "frame_times": [0.0]} for _ in rows]
+            return [{**dict.fromkeys(LATENTS.names), **made, "frame_times": [0.0]} for _ in rows]
 
     spec = LatentSpec("v", "AutoencoderKL", "", "f", False, 1, 1, 8, [0.0], [1.0]).to_json()
     stages = [Length, Limit, Encode]

@@ -16,7 +16,7 @@ FAST: dict[str, dict[str, str]] = {
     "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools=1:frame-threads=1"},
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8"},
-    "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"},
+    "libsvtav1": {"preset": "12", "crf": "10", "svtav1-params": "lp=1"},
     "mpeg4": {},
     "mpeg2video": {},
 }
@@ -55,16 +55,19 @@ def make(
     container: dict[str, str] | None = None,
     metadata: dict[str, str] | None = None,
     sound: float = 0.0,
+    hidden: int = 0,
+    pix_fmt: str = "yuv420p",
     **options: str,
 ) -> Path:
     """A video of `frames` numbered frames. `pts`: their times in milliseconds, for irregular
-    ones; `sound`: seconds of silence beside it; `options`: the encoder's."""
+    ones; `sound`: seconds of silence beside it; `hidden`: frames that come before time 0, which
+    MP4 hides by an edit list; `options`: the encoder's."""
     fps = Fraction(fps)
     with av.open(str(path), "w", options=container or {}) as output:
         output.metadata.update(metadata or {})
         stream: Any = output.add_stream(codec, rate=fps, options={**FAST[codec], **options})
         stream.width = stream.height = SIDE
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.codec_context.thread_count = 1
         tick = Fraction(1, 1000) if pts else 1 / fps
         stream.codec_context.time_base = tick
@@ -75,7 +78,7 @@ def make(
         for index in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(index), "rgb24")
             frame.time_base = tick
-            frame.pts = pts[index] if pts else index
+            frame.pts = pts[index] if pts else index - hidden
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     return path

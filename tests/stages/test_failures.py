@@ -96,14 +96,20 @@ def test_every_transient_class_is_in_the_table_as_one() -> None:
 @pytest.mark.parametrize("name", ["probe", "score", "encode"])
 def test_a_clip_beyond_the_limit_fails_and_names_the_setting(name: str, tmp_path: Path) -> None:
     """Within the stage, before whoever watches the worker loses patience with it."""
-    row = {"path": str(make(tmp_path / "a.mp4", 60, 25)), "start": None, "end": None}
+    row = {
+        "clip_id": "a",
+        "path": str(make(tmp_path / "a.mp4", 60, 25)),
+        "start": None,
+        "end": None,
+    }
     cls: type[Stage] = builtin()[name]
     context = Context(str(tmp_path), sampling=Sampling(frames=4, size=64))
     settings = {"decode_seconds": 1e-9, "max_pixels": 64 * 64}
-    (outcome,) = cls(cls.Settings(**settings), context).process([row], None)
+    model = cls(cls.Settings(), context).setup()
+    (outcome,) = cls(cls.Settings(**settings), context).process([row], model)
     assert isinstance(outcome, Failed) and outcome.error == "decode_timeout"
     assert f"more than 1e-09 s ({name}.decode_seconds)" in outcome.message
-    (outcome,) = cls(cls.Settings(max_pixels=9), context).process([row], None)
+    (outcome,) = cls(cls.Settings(max_pixels=9), context).process([row], model)
     assert isinstance(outcome, Failed) and outcome.error == "frame_too_large"
     usual = cls(cls.Settings(), context)
     assert usual.time_limit > usual.settings.decode_seconds

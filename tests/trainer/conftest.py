@@ -84,6 +84,9 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
                         "latents_shape": list(data.shape),
                         "latents_dtype": dtype,
                         "frame_times": [0.0],
+                        "latents_fps": 16.0,
+                        "window_start": 0.0,
+                        "window_end": 0.25,
                     }
                 )
                 rows.append(

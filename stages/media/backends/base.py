@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 from stages.media.video import Budget
 
+# Seconds by which two roundings of one timestamp may differ.
+SAME = 1e-6
+
 
 class Picture(NamedTuple):
     """A decoded frame, as `stages.media.picture` takes it: an av.VideoFrame with the width over

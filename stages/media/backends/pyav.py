@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.media.backends import sparing
-from stages.media.backends.base import OtherFrames, Picture
+from stages.media.backends.base import SAME, OtherFrames, Picture
 from stages.media.timeline import LAST, Enough, Reach, Timeline, lasting, stamp
 from stages.media.video import (
     Budget,
@@ -27,8 +27,6 @@ from stages.media.video import (
 SEEK_BACK = (0.5, 10.0)
 # Seconds between two wanted frames from which on the second is sought, not decoded up to.
 APART = 5.0
-# Seconds by which two roundings of one timestamp may differ.
-SAME = 1e-6
 LOST = "the video's data is damaged: a part of the stream is missing"
 
 
@@ -42,8 +40,8 @@ def decode(
             for picture in sparing.decode(path, together, budget, threads):
                 yield picture
                 given += 1
-        except sparing.Unsure:
-            yield from _chosen(path, together[given:], threads, budget)
+        except sparing.Unsure as unsure:
+            yield from _chosen(path, together[given:], threads, budget, not unsure.keyless)
 
 
 def runs(times: Sequence[float]) -> list[list[float]]:
@@ -73,10 +71,12 @@ class Shown:
         return self.frame
 
 
-def _chosen(path: str, times: Sequence[float], threads: int, budget: Budget) -> Iterator[Picture]:
+def _chosen(
+    path: str, times: Sequence[float], threads: int, budget: Budget, seeking: bool
+) -> Iterator[Picture]:
     """The frames at `times`, decoded in one go."""
     wanted = deque(times)
-    with closing(_from(path, times[0], threads, budget)) as decoded:
+    with closing(_from(path, times[0], threads, budget, seeking)) as decoded:
         for _, shown in decoded:
             if shown.fault:
                 raise shown.fault
@@ -114,11 +114,13 @@ def decoded_timeline(
     return line
 
 
-def _from(path: str, start: float, threads: int, budget: Budget) -> Generator[tuple[Video, Shown]]:
+def _from(
+    path: str, start: float, threads: int, budget: Budget, seeking: bool = True
+) -> Generator[tuple[Video, Shown]]:
     """The frames from the one on show at `start` on, or some before it, in order."""
     # A seek may land late (an index by decoding time, a stream without one): then from further
     # back, at last from the beginning. Early frames are decoded, and dropped by their time.
-    for back in SEEK_BACK:
+    for back in SEEK_BACK if seeking else ():
         with opened(path, threads, budget) as video:
             if not seek(video, start - back):
                 break

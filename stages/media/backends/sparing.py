@@ -26,7 +26,12 @@ KEPT = 64 << 20
 
 
 class Unsure(Exception):
-    """The packets or the decoder do not keep to the rules: decode all there is, in order."""
+    """The packets or the decoder do not keep to the rules: decode all there is, in order.
+    `keyless`: from the beginning, as what is marked as a key frame is none (intra refresh)."""
+
+    def __init__(self, keyless: bool = False) -> None:
+        super().__init__()
+        self.keyless = keyless
 
 
 class _Late(Exception):
@@ -57,6 +62,45 @@ def one_layer(codec: Any) -> bool:
         return True
     record = codec.extradata or b""
     return len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
+
+
+def intra(packet: Any, codec: Any) -> bool:
+    """Whether a packet that is marked as a key frame may be one. H.264 with intra refresh marks
+    pictures that are made from others: by their first slice's type (ITU-T H.264, 7.3.3)."""
+    if codec.name != "h264":
+        return True
+    record, data = codec.extradata or b"", bytes(packet)
+    size = (record[4] & 3) + 1 if len(record) > 4 and record[0] == 1 else 0
+    for at in units(data, size):
+        if data[at] & 31 in (1, 5):
+            return slice_type(data[at + 1 : at + 9]) % 5 == 2
+    return True
+
+
+def units(data: bytes, size: int) -> Iterator[int]:
+    """Where NAL units begin: each after its length of `size` bytes, or (0) after a start code."""
+    at = 0
+    while at < len(data):
+        if size:
+            start = at + size
+            at = start + int.from_bytes(data[at:start])
+        else:
+            start = at = data.find(b"\0\0\1", at) + 3
+            if at < 3:
+                return
+        if start < len(data):
+            yield start
+
+
+def slice_type(header: bytes) -> int:
+    """The second of the Exp-Golomb numbers that a slice begins with."""
+    bits = f"{int.from_bytes(header):0{8 * len(header)}b}"
+    value = 0
+    for _ in range(2):
+        zeros = len(bits) - len(bits.lstrip("0"))
+        value = int(bits[zeros : 2 * zeros + 1] or "0", 2) - 1
+        bits = bits[2 * zeros + 1 :]
+    return value
 
 
 class _Decoding:
@@ -102,7 +146,7 @@ class _Decoding:
         if packet.pts is None:
             raise Unsure
         number = self._first + len(self._kept)
-        if packet.is_keyframe:
+        if packet.is_keyframe and intra(packet, self._codec):
             if self._keys:
                 self._forget(self._keys[-1][0])  # needed by no frame to come
             self._keys.append((number, packet.pts, packet.is_discard))
@@ -167,7 +211,7 @@ class _Decoding:
                 self._proven = frame.pict_type == PictureType.I
             if frame.pts in self._chosen:
                 if frame.is_corrupt or not self._proven:
-                    raise Unsure
+                    raise Unsure(keyless=not self._proven)
                 self._arrived.setdefault(frame.pts, frame)
 
     def _drain(self) -> None:

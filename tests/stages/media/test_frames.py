@@ -23,86 +23,13 @@ from stages.base import Context
 from stages.files import local_path
 from stages.media.few import sample_few
 from stages.media.frames import TooShort, read_clip
-from stages.media.picks import picks, seed_picks
+from stages.media.picks import Clock, picks, seed_picks
 from stages.media.sampling import Sampling
 from stages.media.timeline import section, timeline
 from stages.media.video import Budget, DecodingSettings, Video, VideoError, opened
 
 NTSC = Fraction(30000, 1001)
 TV = Sampling(fps=16, frames=32, size=64)
-
-
-def steady(count: int, fps: float) -> tuple[list[float], float]:
-    return [i / fps for i in range(count)], count / fps
-
-
-@pytest.mark.parametrize(
-    ("fps", "count", "length"),
-    [
-        (30, 120, 64),
-        (30, 119, 63),
-        (29.97, 120, 64),
-        (30.000001, 120, 63),
-        (24, 96, 64),
-        (25, 100, 64),
-        (10, 40, 64),
-        (10, 39, 62),
-        (30, 1, 0),
-    ],
-)
-def test_the_seed_policy_is_vid_gens(fps: float, count: int, length: int) -> None:
-    times, end = steady(count, fps)
-    assert len(picks(times, end, Sampling(policy="seed"), rate=fps)) == length
-
-
-def test_the_seed_policys_indices() -> None:
-    picked = seed_picks(120, 30, Sampling())
-    assert picked[:4] == [0, 1, 3, 5]
-    assert picked[-1] == 119
-    assert seed_picks(64, 16, Sampling()) == list(range(64))
-    assert len(set(seed_picks(40, 10, Sampling()))) == 40
-
-
-@pytest.mark.parametrize(
-    ("fps", "count", "length"),
-    [
-        (30, 120, 64),
-        (30, 119, 64),  # the 64th moment is at 3.9375 s, and 119 frames last 3.967 s
-        (30, 118, 63),
-        (29.97, 120, 64),
-        (30.000001, 120, 64),
-        (24, 96, 64),
-        (25, 100, 64),
-        (16, 64, 64),
-        (16, 63, 63),
-        (10, 40, 64),
-        (10, 39, 63),
-        (30, 1, 1),
-    ],
-)
-def test_the_time_policy_picks_the_frame_on_show(fps: float, count: int, length: int) -> None:
-    times, end = steady(count, fps)
-    picked = picks(times, end, Sampling())
-    assert picked == [floor(k * fps / 16 + 1e-5) for k in range(length)]
-
-
-@pytest.mark.parametrize("fps", [23.976, 24, 25, 29.97, 30, 30.000001, 29.999999, 48, 60])
-def test_sampling_at_about_its_own_rate_takes_each_frame_once(fps: float) -> None:
-    times, end = steady(90, fps)
-    assert picks(times, end, Sampling(fps=round(fps, 3), frames=90)) == list(range(90))
-
-
-@pytest.mark.parametrize("fps", [24, float(NTSC), 30, 60])
-def test_timestamps_rounded_to_milliseconds_lose_no_frame(fps: float) -> None:
-    times = [round(i / fps, 3) for i in range(90)]
-    end = round(times[-1] + 1 / fps, 3)
-    assert picks(times, end, Sampling(fps=fps, frames=1000), slack=0.0005) == list(range(90))
-
-
-def test_a_frame_is_shown_until_the_next() -> None:
-    times = [0.0, 1.0, 1.1, 3.0]
-    assert picks(times, 3.6, Sampling(fps=2, frames=9)) == [0, 0, 1, 2, 2, 2, 3, 3]
-    assert picks(times, 3.6, Sampling(fps=2, frames=3), t0=1.05) == [1, 2, 2]
 
 
 VIDEOS: list[tuple[str, str, Fraction | int, dict[str, str]]] = [
@@ -144,7 +71,9 @@ def test_every_frame_is_the_one_asked_for(
         line = timeline(video)
         slack = video.slack
     assert len(line.times) == floor(2.5 * fps)
-    assert [line.times[i] for i in picks(line.times, line.end, TV, slack=slack)] == clip.times
+    assert [
+        line.times[i] for i in picks(line.times, line.end, TV, clock=Clock(slack=slack))
+    ] == clip.times
 
 
 @pytest.mark.parametrize("fps", [24, NTSC, 30, 60])
@@ -444,7 +373,7 @@ def test_real_videos_of_four_seconds_give_64_frames(shared_data: Path) -> None:
         with opened(path) as video:
             line = timeline(video)
             part = section(line, None, None)
-            expected = picks(line.times, part.t1, Sampling(), slack=video.slack)
+            expected = picks(line.times, part.t1, Sampling(), clock=Clock(slack=video.slack))
         if part.t1 - part.t0 >= 4:
             clip = read_clip(path, Sampling(size=32))
             assert clip.times == [line.times[i] for i in expected], path

@@ -122,7 +122,10 @@ def test_a_real_vae_short_of_memory_gives_the_same_latents(tmp_path: Path, vae: 
     settings = EncodeSettings(vae=str(tmp_path / "vae"), batch_size=4, device="cpu")
     stage = Encode(settings, Context(str(tmp_path), sampling=sampling))
     paths = [make(tmp_path / f"{n}.mp4", 10 + n, 25) for n in range(4)]
-    rows = [{"path": str(path), "start": n / 25, "end": None} for n, path in enumerate(paths)]
+    rows = [
+        {"clip_id": str(n), "path": str(path), "start": n / 25, "end": None}
+        for n, path in enumerate(paths)
+    ]
     roomy, tight, none = stage.setup(), stage.setup(), stage.setup()
     whole = stage.process(rows, roomy)
     tight.module.encode = short(tight.module.encode, 2)
