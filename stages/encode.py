@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -26,6 +27,7 @@ from stages.base import (
     Stage,
     alive,
     spent,
+    tell,
 )
 from stages.files import CARRIED, clip_file
 from stages.media.frames import Clip, Unsuited, read_clips
@@ -33,6 +35,7 @@ from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, Video
 from stages.models import model_identity, resolve
 from stages.vae.batches import Answer, Gathered, Waiting
 from stages.vae.families import shape_of
+from stages.vae.likeness import decoded_again, likeness
 from stages.vae.trial import MOST
 from stages.vae.vae import Encoded, Options, Vae
 
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 
 Decoded = Clip | Rejected | Failed
+LOOK = 0.25  # of a worker's clips after the first, until enough are looked at
 
 
 def _auto(value: Any) -> Any:
@@ -85,6 +89,11 @@ class EncodeSettings(DecodingSettings):
         None,
         ge=1,
         description="decoding threads beside the VAE; default: the worker's cores, 1 on a CPU",
+    )
+    check_clips: Speed[int] = Field(
+        2,
+        ge=0,
+        description="random clips that each worker decodes again, to see that they are right",
     )
     ahead: Speed[int] = Field(
         1 << 30, ge=1, description="bytes of decoded frames that may wait for the VAE"
@@ -187,7 +196,7 @@ class Encode(Stage[EncodeSettings, Vae]):
 
         decoded = ahead(
             noted(),
-            self._read,
+            self.read,
             lambda clip: clip.frames.nbytes if isinstance(clip, Clip) else 0,
             threads=threads,
             depth=threads + 2 * most,
@@ -231,6 +240,10 @@ class Encode(Stage[EncodeSettings, Vae]):
         spans = [(one["window_start"], one["window_end"]) for one in made]
         return [{**one, "clip_id": child_id(answer.clip, *s)} for one, s in zip(made, spans)]
 
+    def clip_id(self, row: str, clip: Clip) -> str:
+        """Of a clip that was decoded of a row."""
+        return child_id(row, float(clip.start), float(clip.end)) if self.splits else row
+
     def _awaited(
         self, decoded: Iterator[tuple[int, Decoded | None]], model: Vae
     ) -> Iterator[tuple[int, Decoded | None]]:
@@ -244,7 +257,8 @@ class Encode(Stage[EncodeSettings, Vae]):
                 return
             yield item
 
-    def _read(self, row: Row) -> Generator[Decoded]:
+    def read(self, row: Row) -> Generator[Decoded]:
+        """The clips that stand for a row, decoded, or why there are none."""
         budget = Budget(self.settings, self.name)
         try:
             with clip_file(row, self.context) as path:
@@ -271,7 +285,7 @@ class Flight:
     that the device always has something to do."""
 
     def __init__(self, stage: Encode, model: Vae) -> None:
-        self._settings, self._model = stage.settings, model
+        self._stage, self._settings, self._model = stage, stage.settings, model
         self._flying: tuple[list[Waiting], list[Encoded]] | None = None
 
     def launch(self, batch: list[Waiting]) -> None:
@@ -292,6 +306,28 @@ class Flight:
         for waiting, *latents in zip(batch, *fetched, strict=True):
             failed = next((one for one in latents if isinstance(one, Failed)), None)
             waiting.settle(failed or columns(waiting.clip, *latents))
+            if failed is None:
+                self._look_at(waiting, latents[0])
+
+    def _look_at(self, waiting: Waiting, latents: torch.Tensor) -> None:
+        """Decodes a few of a worker's clips again, and tells how like their source they are."""
+        model, seen = self._model, self._model.looked_at
+        if seen >= self._settings.check_clips or (seen and random.random() > LOOK):
+            return
+        model.looked_at += 1
+        spec = LatentSpec.from_json(self._stage.metadata(model)["spec"])
+        clip = self._stage.clip_id(waiting.answer.clip, waiting.clip)
+        again = decoded_again(model, latents, spec)
+        if isinstance(again, Failed):
+            tell(f"encode: clip {clip} was not looked at: decoded again, {again.message}")
+            return
+        like = likeness(waiting.clip.frames, again)
+        tell(f"encode: clip {clip}, decoded again, has a PSNR of {like.psnr:.1f} dB")
+        if like.fault:
+            tell(
+                f"warning: latents of clip {clip} do not look like it: {like.psnr:.1f} dB, and "
+                f"{like.fault}. See it beside its source: `vidpipe decode {clip}`"
+            )
 
 
 def columns(clip: Clip, latents: torch.Tensor, first: torch.Tensor | None = None) -> Row:

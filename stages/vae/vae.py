@@ -93,6 +93,7 @@ class Vae:
         if options.compile:
             self.module.encoder.compile()
         self._halving = Halving()
+        self.looked_at = 0  # clips whose latents were decoded again, to see that they are right
         self._best: dict[tuple[int, ...], int] = {}
         self._copies = None
         if self.device.type == "cuda":
