@@ -164,6 +164,8 @@ def _settled(
     """Batch by batch, as they are settled, the ids of the rows and what became of them, until
     `watch` asks to stop. `book` has their `clip_id`, `row_key` and `attempts`."""
     ids = book.column("clip_id").to_pylist()
+    if not ids:
+        return  # there is no model either
     condemned = [i for i, clip in enumerate(ids) if clip in watch.condemned]
     if condemned:
         verdicts = [watch.condemned[ids[i]] for i in condemned]

@@ -219,6 +219,11 @@ def test_no_planted_secret_is_ever_written_or_said(
             vidpipe("status", "--json")
             vidpipe("doctor")
             vidpipe("train", "--steps", "1", "--set", "recaption.enabled=false")
+            done = vidpipe(
+                *("export", "out", "--to", "diffusion-pipe", "--set", "recaption.enabled=false")
+            )
+            assert done.returncode == 0, done.stderr
+            assert b"a circle" in (project / "out" / "clips" / "captions.json").read_bytes()
             vidpipe("run", "--set", f"encode.vae={ENVIRONMENT['HF_TOKEN']}")
             vidpipe("run", "--set", f"recaption.api_key_env={ENVIRONMENT['WANDB_API_KEY']}")
             vidpipe("run", "--set", f"workdir=s3://{USER}:{quote(PASSWORD, safe='')}@bucket/work")
