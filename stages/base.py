@@ -237,6 +237,9 @@ class Stage(ABC, Generic[S, Model]):
         """Cheap checks before anything runs: model files there, packages installed.
         Raises StageError."""
 
+    def check_here(self) -> None:
+        """As `check`, of the machine that the workers are to run on: is the device there?"""
+
     def identity(self) -> dict[str, Any]:
         """Everything beside the rows that decides the results. Override to add to it."""
         return {

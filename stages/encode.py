@@ -30,6 +30,7 @@ from stages.base import (
     spent,
     tell,
 )
+from stages.devices import check_device
 from stages.files import CARRIED, clip_file
 from stages.media import backends
 from stages.media.frames import Clip, Unsuited, read_clips
@@ -132,7 +133,7 @@ class Encode(Stage[EncodeSettings, Vae]):
 
     @property
     def accelerated(self) -> bool:
-        return self.settings.device in ("auto", "cuda")
+        return self.settings.device.startswith(("auto", "cuda"))
 
     def identity(self) -> dict[str, Any]:
         model = model_identity(self.settings.vae, self.settings.revision, self._subfolder)
@@ -159,6 +160,9 @@ class Encode(Stage[EncodeSettings, Vae]):
     def _check_backend(self) -> None:
         if lacking := backends.missing(self.settings.backend):
             raise StageError(f"encode.backend: {lacking}")
+
+    def check_here(self) -> None:
+        check_device(self.settings.device)
 
     def setup(self) -> Vae:
         self._check_backend()  # here too: a worker's machine may lack what the driver's has
