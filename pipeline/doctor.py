@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import config, dag
+from pipeline.advice import advice
 from pipeline.config import ConfigError
 from pipeline.resources import GIB, check_workdir, cores, free_space, shared_memory
 
@@ -65,6 +66,8 @@ def _configuration(file: str, overrides: tuple[str, ...]) -> Iterator[Check]:
         yield Check("workdir", True, f"{workdir}{room}")
         pipeline.bind(list(pipeline.stages))
         yield Check("source, models", True, "columns, rules and model files are there")
+        for line in advice(pipeline):
+            yield Check("settings", True, f"note: {line}")
     except (ConfigError, SourceError) as error:
         yield Check("configuration", False, str(error))
 

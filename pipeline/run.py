@@ -13,6 +13,7 @@ from manifests.intake import Scan, scan
 from manifests.log import Counts
 from manifests.schema import did_you_mean
 from pipeline import index, local
+from pipeline.advice import advice
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan, plan, status
@@ -72,6 +73,9 @@ def prepare(
     if not todo.empty:
         # What has nothing to do was checked when it was done: the second run is over at once.
         pipeline.bind(stages)
+        if "encode" in stages:
+            for line in advice(pipeline):
+                report.note(f"note: {line}")
     return done, stages, todo
 
 

@@ -24,10 +24,12 @@ from stages.base import (
     Row,
     Speed,
     Stage,
+    StageError,
     alive,
     spent,
 )
 from stages.files import CARRIED, clip_file
+from stages.media import backends
 from stages.media.frames import Clip, Unsuited, read_clips
 from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, VideoError
 from stages.models import model_identity, resolve
@@ -55,6 +57,9 @@ class EncodeSettings(DecodingSettings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the VAE and of the latents as stored"
+    )
+    backend: backends.Name = Field(
+        "pyav", description="decoder; for where decord and torchcodec fail, see docs/stages.md"
     )
     batch_size: Annotated[Speed[int | None], BeforeValidator(_auto)] = Field(
         None,
@@ -136,10 +141,18 @@ class Encode(Stage[EncodeSettings, Vae]):
 
     def check(self) -> None:
         vae = shape_of(self.folder())
-        for shape in self.context.sampling.shapes:
-            vae.check(shape.frames, shape.height, shape.width)
+        sampling = self.context.sampling
+        for number, shape in enumerate(sampling.shapes):
+            bucket = number if sampling.buckets else None
+            vae.check(shape.frames, shape.height, shape.width, bucket)
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        if lacking := backends.missing(self.settings.backend):
+            raise StageError(f"encode.backend: {lacking}")
 
     def setup(self) -> Vae:
+        self._check_backend()  # here too: a worker's machine may lack what the driver's has
         s = self.settings
         options = Options(s.pictures, s.channels_last, s.compile, s.slicing, s.tiling)
         return Vae(self.folder(), s.dtype, s.device, options)
@@ -254,10 +267,11 @@ class Encode(Stage[EncodeSettings, Vae]):
                     row["start"],
                     row["end"],
                     clip=row["clip_id"],
+                    backend=backends.named(self.settings.backend),
                     budget=budget,
                 ):
-                    yield clip
-                    alive()
+                    with budget.waiting():  # for the VAE, while several windows are ahead of it
+                        yield clip
         except Unsuited as error:
             yield Rejected(error.reason, str(error))
         except VideoError as error:

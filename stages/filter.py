@@ -324,6 +324,31 @@ class Filter(Stage[FilterSettings, None]):
             # A value that a rule can't digest (a failed cast, an overflow) fails its row alone.
             return [outcome for row in rows for outcome in self._judge_one(database, row)]
 
+    def passing(self, column: str, most: int) -> list[int] | None:
+        """Of the values 0..`most` of a whole-numbered column the smallest and the largest that
+        pass the rules on it alone; empty where none does, None where there are no such rules."""
+        rules = [rule for rule in self.rules if rule.columns == (column,)]
+        if not rules:
+            return None
+
+        def find() -> list[int]:
+            import duckdb
+
+            database = _connect()
+            values = pa.table({column: pa.array(range(most + 1), pa.int32())})
+            database.register("clip", values)
+            both = " AND ".join(f"coalesce(({rule.sql}\n), false)" for rule in rules)
+            query = f'SELECT min("{column}"), max("{column}") FROM clip WHERE {both}'  # noqa: S608
+            try:
+                with _limited(database, rules):
+                    found = database.execute(query).fetchone()
+            except duckdb.Error:
+                return [0, most]  # of some value a rule makes nothing: no telling of the others
+            return [] if found[0] is None else list(found)
+
+        key = ["passing", version("duckdb"), column, most, *(rule.sql for rule in rules)]
+        return list(remembered(key, find))
+
     def _judge_one(self, database: Any, row: Row) -> Sequence[Outcome]:
         import duckdb
 

@@ -2,7 +2,7 @@
 
 swscale, bicubic, in one pass, to 8-bit full-range RGB with chroma as fine as luma. By the stream's
 own matrix and range; where it states none BT.601, limited, as FFmpeg, decord and torchcodec have it
-for every size. Where it does not say where chroma was sampled: left, as H.264 and HEVC have it. Not
+for every size. Chroma lies where the stream says; H.264 and HEVC that do not say it: left. Not
 done: tone mapping of HDR, deinterlacing, conversion of primaries.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Frames = Annotated[int, Field(ge=1, le=100_000)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
@@ -57,7 +57,7 @@ class Sampling(BaseModel):
         "first",
         description="of a longer clip: its beginning, its middle, or a place drawn by its id",
     )
-    windows: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+    windows: int | Literal["all"] = Field(
         1,
         description="clips made of a clip: n: one in each of n equal parts, fewer where fewer fit; "
         "all: as many as fit, side by side. Unless 1, each is a row with its own id",
@@ -70,6 +70,13 @@ class Sampling(BaseModel):
         description="in place of `frames` and `size`: [frames, height, width] each; a clip goes to "
         "the one nearest in shape that it fills without being enlarged",
     )
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        if value != "all" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{value!r} is neither a number from 1 on nor `all`")
+        return value
 
     @model_validator(mode="after")
     def _filled(self) -> Self:

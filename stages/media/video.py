@@ -84,6 +84,15 @@ class Budget:
                 f"reading it took more than {self.seconds:g} s ({self._prefix}decode_seconds)",
             )
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time that is spent on something else than reading."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._start += time.monotonic() - began
+
     def left(self) -> float:
         """Seconds, at least a few: what has begun gets the chance to be told apart."""
         return max(0.1, self.seconds - (time.monotonic() - self._start))

@@ -64,22 +64,25 @@ class Shape:
         """Whether latents of that many frames stand for these frames, and for no others."""
         return frames == 1 or frames % self._period in self._over
 
-    def check(self, frames: int, height: int, width: int) -> None:
-        """Raises StageError, with the nearest right values, for a clip that it does not take."""
+    def check(self, frames: int, height: int, width: int, bucket: int | None = None) -> None:
+        """Raises StageError, with the nearest right values, for a clip that it does not take.
+        `bucket`: the number of the one of `sampling.buckets` that says so."""
+        key = "sampling" if bucket is None else f"sampling.buckets.{bucket}"
         if not self.takes(frames):
             rule = " or ".join(f"{self._period}k{f'+{n}' * bool(n)}" for n in self._over)
             below = next(n for n in range(frames - 1, 0, -1) if self.takes(n))
             above = next(n for n in range(frames + 1, frames + 99) if self.takes(n))
             raise StageError(
                 f"{self.class_name} takes {rule} frames, and latents of {frames} would stand for "
-                f"others than those picked: set sampling.frames to {below} or {above}"
+                f"others than those picked: set {key}.frames to {below} or {above}"
             )
         for name, size in (("height", height), ("width", width)):
             if size % self.spatial:
                 near = max(self.spatial, round(size / self.spatial) * self.spatial)
+                setting = f"{key}.{'size' if bucket is None else name}"
                 raise StageError(
                     f"{self.class_name} divides pictures by {self.spatial}, and a {name} of {size} "
-                    f"is no multiple of it: set sampling.size to {near}"
+                    f"is no multiple of it: set {setting} to {near}"
                 )
 
     @property

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 from mutations import mutated
@@ -32,12 +33,24 @@ class Trivial:
     """Stands in for the VAE: latents of one number a clip."""
 
     decoding_threads = 1
+    device = SimpleNamespace(type="cpu")
 
     def idle(self) -> bool:
         return True
 
-    def encode(self, clips: Any, pictures: int, moments: bool) -> list[Any]:
-        return [clip.float().mean().reshape(1, 1, 1, 1) for clip in clips]
+    def best_batch(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def batch(self, clips: Any) -> Any:
+        return clips
+
+    def encode(self, clips: Any, moments: bool) -> list[Any]:
+        import torch
+
+        return [torch.full((1, 1, 1, 1), float(clip.mean())) for clip in clips]
+
+    def fetch(self, encoded: list[Any]) -> list[Any]:
+        return encoded
 
 
 class Decode(Encode):

@@ -17,6 +17,9 @@ from pipeline.plan import plan
 from pipeline.report import Reporter
 from pipeline.run import Result, run
 from pipeline.unit import Retry
+from stages.base import Context, StageError
+from stages.encode import Encode, EncodeSettings
+from stages.media.sampling import Sampling
 
 YAML = """\
 workdir: ./work
@@ -186,3 +189,84 @@ def test_a_window_is_encoded_as_that_part_of_the_video_would_be(
             assert np.array_equal(split[window], latents)
             compared += 1
     assert compared == 7
+
+
+def test_a_random_start_depends_on_the_clip_alone(tmp_path: Path) -> None:
+    """Not on the order of the table, on batches or on how many clips there are."""
+    random = ("sampling.windows=1", "sampling.start=random", "recaption.enabled=false")
+    found = []
+    for name, clips, more in (
+        ("one", CLIPS, ()),
+        ("other", CLIPS[::-1], ("encode.batch_size=3", "encode.threads=2")),
+        ("few", CLIPS[:2], ("run.unit_size=1",)),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        films(folder)
+        pipeline = build(folder, *random, *more, clips=clips)
+        run(pipeline, (), Retry(), Reporter())
+        found.append({r["clip_id"]: r["frame_times"] for r in select(pipeline) if r["frame_times"]})
+    one, other, few = found
+    assert len(one) == 4 and one == other
+    assert few.items() <= one.items() and len(few) == 2
+    starts = [times[0] for times in one.values()]
+    assert len(set(starts)) == 4 and max(starts) > 0.5
+
+
+def stage(folder: str = "/w", **sampling: Any) -> Encode:
+    return Encode(EncodeSettings(), Context(folder, sampling=Sampling(**sampling)))
+
+
+def test_what_decides_the_frames_is_in_the_fingerprint() -> None:
+    plain = stage().fingerprint
+    assert plain == stage(interval=7).fingerprint, "of another policy"
+    fast = stage(policy="interval", fps=99).fingerprint
+    assert fast == stage(policy="interval").fingerprint != plain
+    bucketed = [[17, 64, 64]]
+    assert stage(buckets=bucketed, size=99).fingerprint == stage(buckets=bucketed).fingerprint
+    different = [
+        {},
+        {"start": "center"},
+        {"start": "random"},
+        {"windows": 2},
+        {"windows": "all"},
+        {"policy": "seed"},
+        {"policy": "interval"},
+        {"policy": "interval", "interval": 2},
+        {"buckets": bucketed},
+        {"short": "pad"},
+    ]
+    assert len({stage(**each).fingerprint for each in different}) == len(different)
+    assert [stage(**each).splits for each in different[:6]] == [False] * 3 + [True] * 2 + [False]
+    assert not Encode.splits
+
+
+def test_every_bucket_is_checked_against_the_vae(tmp_path: Path) -> None:
+    config = {"_class_name": "AutoencoderKLWan", "temperal_downsample": [False, True, True]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dim_mult": [1, 2, 4, 4]}))
+    settings = EncodeSettings(vae=str(tmp_path))
+
+    def check(*buckets: tuple[int, int, int]) -> None:
+        Encode(settings, Context("/w", sampling=Sampling(buckets=buckets))).check()
+
+    check((17, 64, 64), (33, 64, 96))
+    with pytest.raises(StageError, match=r"set sampling\.buckets\.1\.frames to 29 or 33"):
+        check((17, 64, 64), (32, 64, 96))
+    with pytest.raises(StageError, match=r"set sampling\.buckets\.0\.width to 64"):
+        check((17, 64, 60), (33, 64, 96))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sampling.buckets=[[17, 64]]", r"a bucket is \[frames, height, width\]"),
+        ("sampling.buckets=[{frames: 17, height: 64, with: 64}]", "buckets.0.width` is missing"),
+        ("sampling.buckets=[[17, 64, 0]]", "sampling.buckets.0.width"),
+        ("sampling={buckets: [[17, 64, 64]], short: pad}", "leave one of them out"),
+        ("sampling.windows=0", "`sampling.windows`: 0 is neither a number from 1 on nor `all`"),
+        ("sampling.windows=some", "'some' is neither"),
+    ],
+)
+def test_a_mistake_is_told(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(config.ConfigError, match=said):
+        build(tmp_path, text)

@@ -11,7 +11,8 @@ from av.stream import Disposition
 from numbered import ENCRYPTION, SIDE, make, picture, silence
 
 from stages.base import Context, Failed, Row
-from stages.media.sampling import Sampling
+from stages.media.frames import read_clips
+from stages.media.sampling import Bucket, Sampling
 from stages.probe import Probe, ProbeSettings, irregular
 
 
@@ -60,6 +61,40 @@ def test_facts_of_a_part(tmp_path: Path) -> None:
         "empty_section", "the clip starts at 9.000 s, where the video has ended: it has 4.000 s"
     )
     assert probe(path, 2.0, 2.0).error == "empty_section"
+
+
+@pytest.mark.parametrize("policy", ["time", "seed", "interval"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("a.mp4", {"frames": 50, "fps": 25, "bf": "2"}),
+        ("a.mkv", {"frames": 77, "fps": Fraction(30000, 1001)}),
+        ("a.ts", {"frames": 40, "pts": [3000 + 40 * i for i in range(40)]}),
+        ("a.avi", {"frames": 40, "fps": 20}),
+        ("b.mkv", {"frames": 30, "pts": [i * i * 3 for i in range(30)]}),
+    ],
+)
+def test_len_is_what_encode_finds(
+    tmp_path: Path, policy: str, name: str, how: dict[str, Any]
+) -> None:
+    path = make(tmp_path / name, **how)
+    for frames in (8, 30, 99):
+        for start, end in ((None, None), (0.5, None), (0.3, 1.1)):
+            sampling = Sampling(
+                fps=16, frames=frames, size=64, policy=policy, interval=2, short="pad"
+            )
+            row = {"path": str(path), "start": start, "end": end}
+            (facts,) = Probe(ProbeSettings(), Context("/w", sampling=sampling)).process([row], None)
+            for where in ("first", "center", "random"):
+                for count in (1, 2, "all"):
+                    own = sampling.model_copy(update={"start": where, "windows": count})
+                    found = list(read_clips(str(path), own, start, end, clip="a"))
+                    assert {clip.length for clip in found} == {facts["len"]}
+            bucketed = sampling.model_copy(
+                update={"frames": 1, "buckets": (Bucket(frames=frames, height=9, width=9),)}
+            )
+            stage = Probe(ProbeSettings(), Context("/w", sampling=bucketed))
+            assert stage.process([row], None)[0]["len"] == facts["len"]
 
 
 def test_variable_rate(tmp_path: Path) -> None:

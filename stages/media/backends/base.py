@@ -34,7 +34,7 @@ class Backend(Protocol):
         `stages.media.timeline` tells them: ascending, distinct, at least one. Frames come
         one by one, as they are decoded, so that no more than one has to be held.
 
-        Raises VideoError: damage in what the frames are made of, or in any between neighbours of
-        `times` that are decoded together; damage elsewhere is not looked at. Raises OtherFrames.
+        Raises VideoError: damage in what the frames are made from, with PyAV and as far as the
+        other decoders tell; damage elsewhere is not looked at. Raises OtherFrames.
         """
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,7 +16,7 @@ from stages.media.frames import Clip, NoBucket, TooShort, read_clip, read_clips
 from stages.media.picks import Clock, windows
 from stages.media.sampling import Bucket, Sampling
 from stages.media.timeline import timeline
-from stages.media.video import VideoError, opened
+from stages.media.video import Budget, DecodingSettings, VideoError, opened
 
 Video = tuple[Path, list[float]]  # and when its frames are shown
 STEADY = [i / 25 for i in range(150)]
@@ -254,3 +255,22 @@ def test_a_red_video_stays_red(tmp_path: Path) -> None:
         output.mux(stream.encode(None))
     clip = read_clip(str(path), Sampling(policy="interval", interval=1, frames=150, size=64))
     assert clip.frames.mean(axis=(0, 1, 2)) == pytest.approx([255, 0, 0], abs=3)
+
+
+def test_time_that_windows_wait_for_the_vae_is_not_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(make(tmp_path / "a.mp4", 60, 25))
+    now = [0.0]
+    monkeypatch.setattr("stages.media.video.time", SimpleNamespace(monotonic=lambda: now[0]))
+    budget = Budget(DecodingSettings(decode_seconds=1.0))
+    sampling = Sampling(fps=25, frames=15, size=64, windows="all")
+    clips = []
+    for clip in read_clips(path, sampling, budget=budget):
+        clips.append(clip)
+        with budget.waiting():
+            now[0] += 60
+    assert len(clips) == 4
+    now[0] += 1.5
+    with pytest.raises(VideoError, match="took more than 1 s"):
+        budget.check()

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline import config, dag
+from pipeline.advice import advice
+from pipeline.cli import cli
+
+YAML = """\
+workdir: ./work
+source: {kind: folder, path: ./videos}
+sampling: {fps: 8, frames: 49, size: 64}
+filter: {rules: {length: "len >= 49", wide: "width >= height", both: "len > width"}}
+recaption: {enabled: false}
+"""
+FEWER = "clips that filter lets through: they need 49 frames (sampling.frames), and filter takes 48"
+NONE = "filter lets no clip through: `len` is at most sampling.frames, 49: length (len == 64)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], None),
+        (["filter.rules.length='len = 49'"], None),
+        (["filter.rules.length='len >= 48'"], FEWER),
+        (["filter.rules.length='len >= 48'", "sampling.short=repeat"], None),
+        (["filter.rules.length='len >= 48'", "filter.rules.more='len % 7 = 0'"], None),
+        (["filter.rules.length='len == 64'"], NONE),
+        (["filter.rules.length='len == 64'", "sampling.short=pad"], NONE),
+        (["filter.rules={wide: width > 9}"], None),
+        (["filter.rules.length='len == 64'", "encode.enabled=false"], None),
+        (["filter.enabled=false"], None),
+        (["filter.rules.length=\"1 / len > 0 or len::varchar = 'x'\""], "need 49 frames"),
+        (["sampling.buckets=[[17, 64, 64], [33, 64, 64]]"], "at most the frames of a bucket, 33"),
+        (
+            ["sampling.buckets=[[17, 64, 64], [33, 64, 64]]", "filter.rules.length='len >= 9'"],
+            "they need 17 frames (the frames of a bucket), and filter takes 9",
+        ),
+    ],
+)
+def test_rules_on_len_that_do_not_fit_the_sampling(
+    tmp_path: Path, overrides: list[str], said: str | None
+) -> None:
+    made = dag.build(config.parse(YAML, str(tmp_path / "vidpipe.yaml"), overrides))
+    assert len(advice(made)) == (said is not None)
+    assert said is None or said in advice(made)[0]
+
+
+def test_plan_and_doctor_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
+    (tmp_path / "vidpipe.yaml").write_text(YAML.replace("len >= 49", "len >= 48"))
+    monkeypatch.chdir(tmp_path)
+    planned = CliRunner().invoke(cli, ["plan"])
+    assert planned.exit_code == 0
+    assert FEWER in " ".join(planned.stderr.split())
+    examined = CliRunner().invoke(cli, ["doctor"])
+    assert FEWER in examined.stdout
+    assert "FAIL" not in [line[:4] for line in examined.stdout.splitlines() if FEWER in line]
