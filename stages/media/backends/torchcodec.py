@@ -2,9 +2,10 @@
 
 Frames are asked for by number, and told by their times: by time, it finds them by how long packets
 last, which is wrong where the rate varies. PyAV reads in its place: MPEG-TS and MPEG-PS, whose
-first frames it loses; mirrored pictures, which it does not turn; full-range video but for 8-bit
-H.264 and HEVC, which it takes for limited; the ends of open groups of pictures and what is coded
-with intra refresh, where it gives no frame or another. Damage it conceals without a word.
+first frames it loses; AVI, whose frames it puts in decoding order; mirrored pictures, which it does
+not turn; full-range video but for 8-bit H.264 and HEVC, which it takes for limited; the ends of
+open groups of pictures and what is coded with intra refresh, where it gives no frame or another.
+Damage it conceals without a word.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from stages.media.backends.base import Picture
 from stages.media.backends.others import Unable, look, or_pyav, source
 from stages.media.video import Budget
 
-REFUSED = ("mpegts", "mpeg")
+REFUSED = ("mpegts", "mpeg", "avi")
 FULL = 2  # AVCOL_RANGE_JPEG
 
 

@@ -37,7 +37,7 @@ FAULTS: dict[str, Callable[[Case], bool]] = {
         case.container in PROGRAM_STREAMS or case.codec.startswith("av1") or mirrored(case)
     ),
     "torchcodec": lambda case: (
-        case.container in PROGRAM_STREAMS
+        case.container in (*PROGRAM_STREAMS, "avi")
         or mirrored(case)
         or (case.codec, case.group) in (("h264", "open"), ("h264", "refresh"))
     ),
