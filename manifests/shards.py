@@ -250,17 +250,20 @@ def file_facts(schema: pa.Schema) -> dict[str, Any]:
     return dict(json.loads(stored)) if stored else {}
 
 
-def read_latents(workdir: str, shard: str, rows: Sequence[int]) -> Iterator[Latent]:
-    """The latents at `rows` (ascending) of one shard, read row group by row group.
+def read_latents(
+    workdir: str, shard: str, rows: Sequence[int], first_frame: bool = False
+) -> Iterator[Latent]:
+    """The latents at `rows` (ascending) of one shard, read row group by row group; with
+    `first_frame`, those of the first frame alone.
 
     Raises ShardError, naming the shard, where it is missing or damaged.
     """
-    columns = ["clip_id", "latents", "latents_shape", "latents_dtype"]
-    for row in _read(workdir, shard, rows, columns):
-        clip, data = row["clip_id"].as_py(), row["latents"]
+    name = "first_frame_latents" if first_frame else "latents"
+    for row in _read(workdir, shard, rows, ["clip_id", name, f"{name}_shape", "latents_dtype"]):
+        clip, data = row["clip_id"].as_py(), row[name]
         if not data.is_valid:
-            raise ShardError(f"clip {clip} has no latents in its shard: the index is stale")
-        shape = tuple(row["latents_shape"].as_py())
+            raise ShardError(f"clip {clip} has no {name} in its shard: the index is stale")
+        shape = tuple(row[f"{name}_shape"].as_py())
         yield Latent(clip, memoryview(data.as_buffer()), shape, row["latents_dtype"].as_py())
 
 

@@ -49,18 +49,18 @@ def refresh(pipeline: Pipeline) -> int | None:
         return None
     tables = (_ready(view, wanted, column) for view in views(pipeline))
     tables = (table for table in tables if len(table))
-    first = next(tables, None)
-    if first is None:
+    ready = next(tables, None)
+    if ready is None:
         pipeline.store.delete(INDEX_NAME)
         return 0
-    spec = LatentSpec.from_json(told(pipeline, first.column("shard")[0].as_py()))
+    spec = LatentSpec.from_json(told(pipeline, ready.column("shard")[0].as_py()))
     stages = {n: pipeline.dag.layers[n].fingerprint for n in wanted}
-    facts = {"caption": column, "stages": stages, "state": state}
+    first = "first_frame_latents" in pipeline.stages["encode"].adds.names
+    facts = {"caption": column, "stages": stages, "state": state, "first_frame": first}
     if "embed" in wanted:
-        facts["text"] = TextSpec.from_json(
-            told(pipeline, first.column("text_shard")[0].as_py())
-        ).to_json()
-    return write_index(path(pipeline), pipeline.config.workdir, chain([first], tables), spec, facts)
+        text = told(pipeline, ready.column("text_shard")[0].as_py())
+        facts["text"] = TextSpec.from_json(text).to_json()
+    return write_index(path(pipeline), pipeline.config.workdir, chain([ready], tables), spec, facts)
 
 
 def up_to_date(pipeline: Pipeline) -> bool:

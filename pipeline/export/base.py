@@ -22,7 +22,7 @@ from pipeline.config import ConfigError
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["latents", "text", "video"]
+Kind = Literal["latents", "first_frame", "text", "video"]
 WAN, COGVIDEOX = "AutoencoderKLWan", "AutoencoderKLCogVideoX"
 LTX, HUNYUAN = "AutoencoderKLLTXVideo", "AutoencoderKLHunyuanVideo"
 UMT5, T5 = "UMT5EncoderModel", "T5EncoderModel"
@@ -101,13 +101,22 @@ class Clip:
     fps: float  # of the frames that were encoded
     latent: Latent | None = None
     text: Embedding | None = None
+    first: Latent | None = None  # of the first frame alone
 
     @property
     def moments(self) -> torch.Tensor:
         """As stored: (2C, F, H, W), or (C, F, H, W) where the mean alone is kept."""
-        if self.latent is None:
+        return self._tensor(self.latent)
+
+    @property
+    def first_frame(self) -> torch.Tensor:
+        """The same of the first frame alone: one latent frame."""
+        return self._tensor(self.first)
+
+    def _tensor(self, stored: Latent | None) -> torch.Tensor:
+        if stored is None:
             raise ExportError(f"latents of clip {self.entry.clip_id} were not read")
-        return tensor(self.latent.data, self.latent.dtype, self.latent.shape)
+        return tensor(stored.data, stored.dtype, stored.shape)
 
     @property
     def mean(self) -> torch.Tensor:
@@ -257,6 +266,7 @@ class Target(ABC):
         for entry in entries:
             own: dict[Kind, list[Any]] = {
                 "latents": [entry.clip_id, entry.shard, entry.row],
+                "first_frame": [entry.clip_id, entry.shard, entry.row],
                 "text": [entry.clip_id, entry.caption, entry.text_key],
                 "video": [entry.clip_id, entry.video and [entry.video.path, entry.video.content]],
             }
@@ -271,7 +281,8 @@ class Target(ABC):
         return values.to(dtype).contiguous().clone()
 
     def latents(self, clip: Clip, values: torch.Tensor) -> torch.Tensor:
-        return self.cast(values, clip.latent.dtype if clip.latent else "float32")
+        stored = clip.latent or clip.first
+        return self.cast(values, stored.dtype if stored else "float32")
 
     def text(self, clip: Clip, values: torch.Tensor) -> torch.Tensor:
         return self.cast(values, clip.text.dtype if clip.text else "float32")

@@ -34,6 +34,8 @@ class CogVideoXFactory(Target):
     def items(self, entries: Sequence[Entry]) -> Iterator[Item]:
         for entry in entries:
             yield self.item(f"video_latents/{entry.clip_id}.pt", entry, "latents")
+            if self.index.facts.get("first_frame"):  # for image-to-video
+                yield self.item(f"image_latents/{entry.clip_id}.pt", entry, "first_frame")
             yield self.item(f"prompt_embeds/{entry.clip_id}.pt", entry, "text")
             yield self.item(f"prompts/{entry.clip_id}.txt", entry, "text")
             yield self.item(f"videos/{video_name(entry)}", entry, "video")
@@ -46,6 +48,8 @@ class CogVideoXFactory(Target):
             path.write_text(clip.entry.line + "\n", encoding="utf-8")
         elif "latents" in item.kinds:
             save(self.latents(clip, clip.moments), path)
+        elif "first_frame" in item.kinds:
+            save(self.latents(clip, clip.first_frame), path)
         else:
             save(self.text(clip, clip.embedding), path)
 

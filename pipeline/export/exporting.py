@@ -28,7 +28,6 @@ from manifests.shards import (
     Embedding,
     Index,
     Latent,
-    LatentSpec,
     ShardError,
     read_embeddings,
     read_latents,
@@ -196,7 +195,7 @@ class _Export:
         for name in pipeline.dag.layers:
             view.settled(name)
         known = view.table
-        wanted = ("clip_id", "path", "content", "start", "end", "latents_fps", "frame_times")
+        wanted = ("clip_id", "path", "content", "start", "end", "latents_fps")
         table = known.select([n for n in wanted if n in known.column_names])
         context = pipeline.stages["encode"].context
         whole = view.source_ids(pa.array(range(len(table)))).to_pylist()
@@ -208,8 +207,7 @@ class _Export:
                 section = part or source != row["clip_id"]
                 where = local_path(row["path"], context)
                 video = Video(where, row.get("content") or "", section)
-            spec = self._target.spec
-            facts[row["clip_id"]] = _Facts(_fps(row, spec), video)
+            facts[row["clip_id"]] = _Facts(float(row["latents_fps"] or 0.0), video)
         return facts
 
     # ------------------------------------------------------------------------- which files
@@ -251,6 +249,7 @@ class _Export:
         waiting = iter(wanted)
         while some := list(islice(waiting, AT_ONCE)):
             latents = self._latents([entry for entry, kinds in some if "latents" in kinds])
+            firsts = self._latents([e for e, kinds in some if "first_frame" in kinds], True)
             texts = self._texts([entry for entry, kinds in some if "text" in kinds])
             for entry, _ in some:
                 yield Clip(
@@ -259,17 +258,19 @@ class _Export:
                     self._of(entry).fps,
                     latents.get(entry.clip_id),
                     texts.get(entry.clip_id),
+                    firsts.get(entry.clip_id),
                 )
 
-    def _latents(self, entries: Sequence[Entry]) -> dict[str, Latent]:
+    def _latents(self, entries: Sequence[Entry], first: bool = False) -> dict[str, Latent]:
         found: dict[str, Latent] = {}
         if not self._target.vaes:
             return found
         for shard, own in _by(entries, lambda entry: entry.shard).items():
             own.sort(key=lambda entry: entry.row)
-            read = read_latents(self._target.index.workdir, shard, [e.row for e in own])
+            read = read_latents(self._target.index.workdir, shard, [e.row for e in own], first)
             for entry, latent in zip(own, read):
-                if (latent.clip_id, latent.shape) != (entry.clip_id, entry.shape):
+                same = first or latent.shape == entry.shape
+                if latent.clip_id != entry.clip_id or not same:
                     raise ShardError(
                         f"shard {shard} holds clip {latent.clip_id} {list(latent.shape)} in row "
                         f"{entry.row}, where the index says clip {entry.clip_id} "
@@ -322,6 +323,7 @@ class _Export:
         entries = (entry for shard in self._shards() for entry in shard)
         for name, pieces in self._target.lists(entries).items():
             part, path = self._folder / _PARTS / "part", self._folder / name
+            part.unlink(missing_ok=True)
             with part.open("w", encoding="utf-8") as file:
                 file.writelines(pieces)
             if path.exists() and filecmp.cmp(part, path, shallow=False):
@@ -346,9 +348,3 @@ def _by(entries: Sequence[Entry], key: Callable[[Entry], str]) -> dict[str, list
     for entry in entries:
         found.setdefault(key(entry), []).append(entry)
     return found
-
-
-def _fps(row: dict[str, Any], spec: LatentSpec) -> float:
-    """Frames a second of what was encoded."""
-    own = row.get("latents_fps")
-    return float(spec.sampling.get("fps", 0.0) if own is None else own)

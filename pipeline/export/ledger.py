@@ -32,7 +32,9 @@ class Ledger:
             raise ExportError(f"{folder} is neither empty nor an export: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._database = sqlite3.connect(folder / NAME)
+            self._database = sqlite3.connect(folder / NAME, timeout=1.0)
+            # Held until the end: of two exports into one folder, the second is refused.
+            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._database.executescript(_TABLES)
             known = dict(self._database.execute("SELECT name, value FROM fact"))
             if known.setdefault("target", target) != target:

@@ -58,13 +58,16 @@ class Made:
         rows = query.select(self.pipeline(), None, None, ["clip_id", "uri"]).to_pylist()
         return {Path(row["uri"]).name: row["clip_id"] for row in rows}
 
-    def posterior(self, video: str) -> Any:
-        """The VAE's own distribution for a video, as diffusers' documentation gets it."""
+    def frames(self, video: str) -> torch.Tensor:
+        """As VAEs want them: (1, 3, F, H, W) from -1 to 1."""
         sampling = self.pipeline().config.sampling
         clip = read_clip(str(self.folder / "videos" / video), sampling, None, None)
-        x = torch.from_numpy(clip.frames).float() / 127.5 - 1
+        return (torch.from_numpy(clip.frames).float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
+
+    def posterior(self, video: str) -> Any:
+        """The VAE's own distribution for a video, as diffusers' documentation gets it."""
         with torch.no_grad():
-            return self.vae.encode(x.permute(3, 0, 1, 2)[None]).latent_dist
+            return self.vae.encode(self.frames(video)).latent_dist
 
     def embedded(self, caption: str, padded: bool) -> torch.Tensor:
         """The encoder's own hidden states for a caption, (tokens, width)."""

@@ -16,7 +16,8 @@ import torch
 from projects import CAPTIONS, Made, close
 
 from manifests.shards import ShardError
-from pipeline import index
+from pipeline import index, query
+from pipeline.audit import audit
 from pipeline.cli_export import NAMES
 from pipeline.export import TARGETS
 from pipeline.export import exporting as module
@@ -243,6 +244,35 @@ def test_lines_stay_lines(make: Make, tmp_path: Path) -> None:
     assert len(lines) == 4 and "a red circle moves" in lines
 
 
+def test_windows_are_clips_of_their_own(make: Make, tmp_path: Path) -> None:
+    """Each under its own id, with the caption of the clip that it is a part of."""
+    made, all_of_them = make("ltx", "t5", "max_length"), "sampling.windows=all"
+    one = made.run(all_of_them)
+    assert not audit(one).findings
+    out = tmp_path / "out"
+    done = export(one, "ltx", str(out))
+    rows = query.select(one, "encode", "outcome = 'kept'").to_pylist()
+    assert len(rows) == done.clips > 4
+    for row in rows:
+        data, text = (
+            torch.load(out / ".precomputed" / kind / f"{row['clip_id']}.pt", weights_only=True)
+            for kind in ("latents", "conditions")
+        )
+        assert data["fps"] == row["latents_fps"] == 8.0
+        close(text["prompt_embeds"], made.embedded(row["caption"], True))
+    with pytest.raises(ExportError, match="a section of"):
+        export(one, "diffusion-pipe", str(tmp_path / "videos"))
+
+
+def test_two_exports_into_one_folder_are_one_too_many(ltx: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ledger = Ledger(out, "ltx")
+    with pytest.raises(ExportError, match="can't be used: database is locked"):
+        export(ltx.pipeline(), "ltx", str(out))
+    ledger.close()
+    assert export(ltx.pipeline(), "ltx", str(out)).written == 8
+
+
 def test_a_section_is_no_video_of_its_own(make: Make, tmp_path: Path) -> None:
     made = make("cogvideox", "t5", "max_length")
     rows = [{"path": "clip.0.mp4", "caption": "a bird", "start": 1.0, "end": 4.0}]
@@ -283,9 +313,9 @@ def test_a_few_clips_are_in_memory_at_once(
     asked = []
     read = module.read_latents
 
-    def counted(workdir: str, shard: str, rows: list[int]) -> Any:
+    def counted(workdir: str, shard: str, rows: list[int], first: bool) -> Any:
         asked.append(len(rows))
-        return read(workdir, shard, rows)
+        return read(workdir, shard, rows, first)
 
     monkeypatch.setattr(module, "read_latents", counted)
     export(ltx.pipeline(), "ltx", str(tmp_path / "one"))

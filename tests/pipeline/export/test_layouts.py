@@ -267,6 +267,18 @@ def test_cogvideox_factory(make: Make, tmp_path: Path) -> None:
     assert [row["prompt"] for row in rows] == prompts
 
 
+def test_cogvideox_factory_for_image_to_video(make: Make, tmp_path: Path) -> None:
+    made = make("cogvideox", "t5", "max_length", encode=", first_frame: true")
+    out = tmp_path / "out"
+    export(made.pipeline(), "cogvideox-factory", str(out))
+    for line in (out / "videos.txt").read_text().splitlines():
+        stem = Path(line).stem
+        image = loaded(out / "image_latents" / f"{stem}.pt")
+        frame = made.frames(by_clip(made)[stem][0])[:, :, :1]
+        with torch.no_grad():
+            close(image, made.vae.encode(frame).latent_dist.parameters[0])
+
+
 def test_cogvideo_finetune(make: Make, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
