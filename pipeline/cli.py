@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli_export import export
+from pipeline.cli_latents import decode
 from pipeline.cli_options import F, load, with_config
 from pipeline.cli_upkeep import audit, gc, verify
 from pipeline.workers import stop
@@ -101,7 +102,7 @@ def cli() -> None:
     redact_logs()  # before a command, and not for `--help`
 
 
-for command in (export, verify, audit, gc):
+for command in (decode, export, verify, audit, gc):
     cli.add_command(command)
 
 

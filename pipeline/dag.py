@@ -58,6 +58,8 @@ class Pipeline:
             try:
                 stage.bind(pa.schema([f for f in columns if f.name not in own]))
                 stage.check()
+                if self.config.run.address is None:
+                    stage.check_here()
             except StageError as error:
                 raise ConfigError(f"{self.config.file}: {name}: {error}") from error
 

@@ -53,12 +53,13 @@ def refresh(pipeline: Pipeline) -> int | None:
     if ready is None:
         pipeline.store.delete(INDEX_NAME)
         return 0
-    spec = LatentSpec.from_json(_told(pipeline, ready, "shard"))
+    spec = LatentSpec.from_json(told(pipeline, ready.column("shard")[0].as_py()))
     stages = {n: pipeline.dag.layers[n].fingerprint for n in wanted}
     first = "first_frame_latents" in pipeline.stages["encode"].adds.names
     facts = {"caption": column, "stages": stages, "state": state, "first_frame": first}
     if "embed" in wanted:
-        facts["text"] = TextSpec.from_json(_told(pipeline, ready, "text_shard")).to_json()
+        text = told(pipeline, ready.column("text_shard")[0].as_py())
+        facts["text"] = TextSpec.from_json(text).to_json()
     return write_index(path(pipeline), pipeline.config.workdir, chain([ready], tables), spec, facts)
 
 
@@ -119,10 +120,9 @@ def _facts(pipeline: Pipeline, name: str) -> dict[str, Any]:
         return file_facts(pq.read_schema(file))
 
 
-def _told(pipeline: Pipeline, ready: pa.Table, shard: str) -> dict[str, Any]:
-    """What the file that the first row has in the column `shard` tells of its payload."""
-    name = ready.column(shard)[0].as_py()
+def told(pipeline: Pipeline, shard: str) -> dict[str, Any]:
+    """What a shard tells of its payload: the spec's values. Raises StoreError."""
     try:
-        return dict(_facts(pipeline, name)["spec"])
+        return dict(_facts(pipeline, shard)["spec"])
     except (KeyError, TypeError) as error:
-        raise StoreError(f"shard {name} does not say what it holds: {error}") from error
+        raise StoreError(f"shard {shard} does not say what it holds: {error}") from error

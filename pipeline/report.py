@@ -65,6 +65,15 @@ def at_work(seconds: Mapping[str, float]) -> str:
     return f", model at work {share:.0%} of the time"
 
 
+def _raised(receipt: Receipt, told: set[tuple[str, str]]) -> str | None:
+    """What a unit raised, where no unit of that stage has raised the same before: a device that a
+    worker lacks is met by every unit."""
+    if not receipt.error or (receipt.stage, receipt.error) in told:
+        return None
+    told.add((receipt.stage, receipt.error))
+    return f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}"
+
+
 class PlainReporter(Reporter):
     """One line a stage when it begins, every few seconds while it works, and at its end."""
 
@@ -77,6 +86,7 @@ class PlainReporter(Reporter):
         self._said: dict[str, float] = {}
         self._units: dict[str, int] = {}
         self._seconds: dict[str, Counter[str]] = {}
+        self._raised: set[tuple[str, str]] = set()
 
     def start(self, stages: Mapping[str, StagePlan]) -> None:
         self._stages = dict(stages)
@@ -95,8 +105,8 @@ class PlainReporter(Reporter):
         with self._lock:
             units = self._units[receipt.stage] = self._units.get(receipt.stage, 0) + 1
             plan = self._stages.get(receipt.stage)
-            if receipt.error:
-                self._write(f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}")
+            if raised := _raised(receipt, self._raised):
+                self._write(raised)
             seconds = self._seconds.setdefault(receipt.stage, Counter())
             seconds.update(receipt.seconds)
             if plan and units == len(plan.units) and receipt.stage in self._done:
@@ -136,6 +146,7 @@ class LiveReporter(Reporter):
         self._done: dict[str, Counts] = {}
         self._units: dict[str, int] = {}
         self._seconds: dict[str, Counter[str]] = {}
+        self._raised: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
     def start(self, stages: Mapping[str, StagePlan]) -> None:
@@ -189,8 +200,8 @@ class LiveReporter(Reporter):
             )
 
     def unit(self, receipt: Receipt) -> None:
-        if receipt.error:
-            self.note(f"{receipt.stage}: unit {receipt.unit} raised {receipt.error}")
+        if raised := _raised(receipt, self._raised):
+            self.note(raised)
         with self._lock:
             units = self._units[receipt.stage] = self._units.get(receipt.stage, 0) + 1
             seconds = self._seconds.setdefault(receipt.stage, Counter())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
+from stages.devices import usable
 from stages.media.picture import Pixels
 from stages.vae.halving import Halving, whole
 
@@ -35,12 +36,10 @@ class Aesthetics:
         import torch
         from transformers import CLIPModel
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device, self.pictures = device, pictures
+        self.device, self.pictures = usable(device), pictures
         self._halving = Halving()
         model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
-        self.clip: Any = model.to(device).eval()
+        self.clip: Any = model.to(self.device).eval()
         self.side = int(model.config.vision_config.image_size)
         weight, bias = head_of(load(head), head)
         width = int(model.config.projection_dim)
@@ -49,7 +48,7 @@ class Aesthetics:
                 f"aesthetic_head {head} takes features of {len(weight)} numbers and the CLIP model"
                 f" gives {width}: use the CLIP that it was trained on"
             )
-        self.weight, self.bias = weight.to(device), bias.to(device)
+        self.weight, self.bias = weight.to(self.device), bias.to(self.device)
 
     def prepared(self, frames: Pixels) -> torch.Tensor:
         """RGB [n, height, width, 3] as CLIP takes it: float32 [n, 3, side, side]; the short side

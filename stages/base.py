@@ -71,6 +71,29 @@ def on_alive(listener: Callable[[], None]) -> None:
     _listener = listener
 
 
+def _untold(text: str) -> None:
+    """Nobody reads it."""
+
+
+_reader: Callable[[str], None] = _untold
+
+
+def tell(text: str) -> None:
+    """Something that a person who watches the run wants to know: a line on the console."""
+    _reader(text)
+
+
+@contextmanager
+def telling(reader: Callable[[str], None]) -> Iterator[None]:
+    """Sets who hears `tell` within the block."""
+    global _reader
+    before, _reader = _reader, reader
+    try:
+        yield
+    finally:
+        _reader = before
+
+
 def _unspent(phase: str, seconds: float) -> None:
     """Nobody adds up."""
 
@@ -213,6 +236,9 @@ class Stage(ABC, Generic[S, Model]):
     def check(self) -> None:
         """Cheap checks before anything runs: model files there, packages installed.
         Raises StageError."""
+
+    def check_here(self) -> None:
+        """As `check`, of the machine that the workers are to run on: is the device there?"""
 
     def identity(self) -> dict[str, Any]:
         """Everything beside the rows that decides the results. Override to add to it."""

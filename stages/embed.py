@@ -29,6 +29,7 @@ from stages.base import (
     StageError,
     StageSettings,
 )
+from stages.devices import check_device
 from stages.models import check, folder_sha256, model_identity, root
 from stages.text_encoders import Text, TextEncoder, key_of, kind_of
 
@@ -99,7 +100,7 @@ class Embed(Stage[EmbedSettings, TextEncoder]):
 
     @property
     def accelerated(self) -> bool:
-        return self.settings.device in ("auto", "cuda")
+        return self.settings.device.startswith(("auto", "cuda"))
 
     def identity(self) -> dict[str, Any]:
         values = super().identity()
@@ -150,6 +151,9 @@ class Embed(Stage[EmbedSettings, TextEncoder]):
     def check(self) -> None:
         check(self.settings.encoder, self._subfolders(self.settings.encoder)[0])
         kind_of(self.folders()[0]).check(self.settings.max_length)
+
+    def check_here(self) -> None:
+        check_device(self.settings.device)
 
     def setup(self) -> TextEncoder:
         s = self.settings

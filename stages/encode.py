@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -27,7 +28,9 @@ from stages.base import (
     StageError,
     alive,
     spent,
+    tell,
 )
+from stages.devices import check_device
 from stages.files import CARRIED, clip_file
 from stages.media import backends
 from stages.media.frames import Clip, Unsuited, read_clips
@@ -35,6 +38,7 @@ from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, Video
 from stages.models import model_identity, resolve
 from stages.vae.batches import Answer, Gathered, Waiting
 from stages.vae.families import shape_of
+from stages.vae.likeness import decoded_again, likeness
 from stages.vae.trial import MOST
 from stages.vae.vae import Encoded, Options, Vae
 
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 
 
 Decoded = Clip | Rejected | Failed
+LOOK = 0.25  # of a worker's clips after the first, until enough are looked at
 
 
 def _auto(value: Any) -> Any:
@@ -91,6 +96,11 @@ class EncodeSettings(DecodingSettings):
         ge=1,
         description="decoding threads beside the VAE; default: the worker's cores, 1 on a CPU",
     )
+    check_clips: Speed[int] = Field(
+        2,
+        ge=0,
+        description="random clips that each worker decodes again, to see that they are right",
+    )
     ahead: Speed[int] = Field(
         1 << 30, ge=1, description="bytes of decoded frames that may wait for the VAE"
     )
@@ -123,7 +133,7 @@ class Encode(Stage[EncodeSettings, Vae]):
 
     @property
     def accelerated(self) -> bool:
-        return self.settings.device in ("auto", "cuda")
+        return self.settings.device.startswith(("auto", "cuda"))
 
     def identity(self) -> dict[str, Any]:
         model = model_identity(self.settings.vae, self.settings.revision, self._subfolder)
@@ -150,6 +160,9 @@ class Encode(Stage[EncodeSettings, Vae]):
     def _check_backend(self) -> None:
         if lacking := backends.missing(self.settings.backend):
             raise StageError(f"encode.backend: {lacking}")
+
+    def check_here(self) -> None:
+        check_device(self.settings.device)
 
     def setup(self) -> Vae:
         self._check_backend()  # here too: a worker's machine may lack what the driver's has
@@ -200,7 +213,7 @@ class Encode(Stage[EncodeSettings, Vae]):
 
         decoded = ahead(
             noted(),
-            self._read,
+            self.read,
             lambda clip: clip.frames.nbytes if isinstance(clip, Clip) else 0,
             threads=threads,
             depth=threads + 2 * most,
@@ -244,6 +257,10 @@ class Encode(Stage[EncodeSettings, Vae]):
         spans = [(one["window_start"], one["window_end"]) for one in made]
         return [{**one, "clip_id": child_id(answer.clip, *s)} for one, s in zip(made, spans)]
 
+    def clip_id(self, row: str, clip: Clip) -> str:
+        """Of a clip that was decoded of a row."""
+        return child_id(row, float(clip.start), float(clip.end)) if self.splits else row
+
     def _awaited(
         self, decoded: Iterator[tuple[int, Decoded | None]], model: Vae
     ) -> Iterator[tuple[int, Decoded | None]]:
@@ -257,7 +274,8 @@ class Encode(Stage[EncodeSettings, Vae]):
                 return
             yield item
 
-    def _read(self, row: Row) -> Generator[Decoded]:
+    def read(self, row: Row) -> Generator[Decoded]:
+        """The clips that stand for a row, decoded, or why there are none."""
         budget = Budget(self.settings, self.name)
         try:
             with clip_file(row, self.context) as path:
@@ -285,7 +303,7 @@ class Flight:
     that the device always has something to do."""
 
     def __init__(self, stage: Encode, model: Vae) -> None:
-        self._settings, self._model = stage.settings, model
+        self._stage, self._settings, self._model = stage, stage.settings, model
         self._flying: tuple[list[Waiting], list[Encoded]] | None = None
 
     def launch(self, batch: list[Waiting]) -> None:
@@ -306,6 +324,28 @@ class Flight:
         for waiting, *latents in zip(batch, *fetched, strict=True):
             failed = next((one for one in latents if isinstance(one, Failed)), None)
             waiting.settle(failed or columns(waiting.clip, *latents))
+            if failed is None:
+                self._look_at(waiting, latents[0])
+
+    def _look_at(self, waiting: Waiting, latents: torch.Tensor) -> None:
+        """Decodes a few of a worker's clips again, and tells how like their source they are."""
+        model, seen = self._model, self._model.looked_at
+        if seen >= self._settings.check_clips or (seen and random.random() > LOOK):
+            return
+        model.looked_at += 1
+        spec = LatentSpec.from_json(self._stage.metadata(model)["spec"])
+        clip = self._stage.clip_id(waiting.answer.clip, waiting.clip)
+        again = decoded_again(model, latents, spec)
+        if isinstance(again, Failed):
+            tell(f"encode: clip {clip} was not looked at: decoded again, {again.message}")
+            return
+        like = likeness(waiting.clip.frames, again)
+        tell(f"encode: clip {clip}, decoded again, has a PSNR of {like.psnr:.1f} dB")
+        if like.fault:
+            tell(
+                f"warning: latents of clip {clip} do not look like it: {like.psnr:.1f} dB, and "
+                f"{like.fault}. See it beside its source: `vidpipe decode {clip}`"
+            )
 
 
 def columns(clip: Clip, latents: torch.Tensor, first: torch.Tensor | None = None) -> Row:

@@ -31,6 +31,7 @@ from stages.base import (
     StageError,
     StageSettings,
 )
+from stages.devices import check_device
 from stages.engines.base import Engine, EngineFailure, Request, Result, SamplingSettings
 from stages.models import check, model_identity, model_label, resolve
 
@@ -254,6 +255,10 @@ class Recaption(Stage[RecaptionSettings, Engine]):
             else model_identity(s.model, s.revision)
         )
         return {**values, "settings": known, "model": model, "template": digest(self.template.text)}
+
+    def check_here(self) -> None:
+        if self.settings.engine == "transformers":
+            check_device(self.settings.device)
 
     def setup(self) -> Engine:
         self.check()  # here too: a worker's machine may lack what the driver's has

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from stages.aesthetics import Aesthetics
 from stages.base import Context, Failed, Outcome, Row, Speed, Stage, StageError, alive
+from stages.devices import check_device
 from stages.files import CARRIED, clip_file
 from stages.media.few import Few, sample_few
 from stages.media.picture import Pixels
@@ -76,7 +77,7 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
 
     @property
     def accelerated(self) -> bool:
-        return bool(self.settings.clip) and self.settings.device in ("auto", "cuda")
+        return bool(self.settings.clip) and self.settings.device.startswith(("auto", "cuda"))
 
     def identity(self) -> dict[str, Any]:
         s = self.settings
@@ -103,6 +104,10 @@ class Score(Stage[ScoreSettings, Aesthetics | None]):
     @property
     def loads_model(self) -> bool:
         return bool(self.settings.clip)
+
+    def check_here(self) -> None:
+        if self.settings.clip:
+            check_device(self.settings.device)
 
     def setup(self) -> Aesthetics | None:
         s = self.settings

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from manifests.schema import digest
 from stages.base import Failed, StageError
+from stages.devices import usable
 from stages.vae.halving import Halving
 
 if TYPE_CHECKING:
@@ -111,8 +112,7 @@ class TextEncoder:
         disable_progress_bar()  # of loading weights, amid the run's own lines
         self.kind = kind_of(folder)
         self.kind.check(max_length)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = usable(device)
         cls = getattr(transformers, self.kind.class_name)
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -121,7 +121,7 @@ class TextEncoder:
             module = cls.from_pretrained(
                 folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
             )
-            self._module = module.to(device).eval().requires_grad_(False)
+            self._module = module.to(place).eval().requires_grad_(False)
         except (*_BROKEN, SafetensorError) as error:
             first = str(error).strip().splitlines()[0]
             raise StageError(f"the text encoder in {folder} can't be loaded: {first}") from error

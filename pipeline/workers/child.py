@@ -104,9 +104,11 @@ class _Job:
             return Receipt("", unit, error=self.fault)
         stage = self._stage
         model = self._model if stage.loads_model and self._model else stage.setup
-        return run_unit(
-            self._store, self._dag, stage, model, unit, self._retry, supervisor.rows, watch, part
-        )
+        with base.telling(functools.partial(supervisor.send, "note")):
+            return run_unit(
+                *(self._store, self._dag, stage, model, unit, self._retry, supervisor.rows),
+                *(watch, part),
+            )
 
 
 def _oom_score() -> int:

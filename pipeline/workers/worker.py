@@ -30,6 +30,7 @@ from pipeline.settle import AnyStage
 from pipeline.unit import WHOLE, OnRows, Part, Receipt, Retry, run_unit
 from pipeline.workers.suspects import Death, Suspects
 from pipeline.workers.watch import Watch
+from stages.base import telling
 
 # Deaths of the process while no clip is in flight, in `setup` for instance, that a unit may cost.
 IDLE_DEATHS = 3
@@ -97,8 +98,11 @@ class InProcess:
             if stage is not self._stage:
                 self._stage, self._model = stage, functools.cache(stage.setup)
             model = self._model
-        watch = _Stoppable(driver)
-        return run_unit(job.store, job.dag, stage, model, unit, job.retry, driver.rows, watch, part)
+        with telling(driver.note):
+            return run_unit(
+                *(job.store, job.dag, stage, model, unit, job.retry, driver.rows),
+                *(_Stoppable(driver), part),
+            )
 
     def close(self) -> None:
         """There is no process to end."""
@@ -260,6 +264,8 @@ class _Attempt:
                 self._ids.pop(clip, None)  # the condemned never were
         elif what == "committed":
             self._open += _taken_back(Counts(**value))
+        elif what == "note":
+            self._driver.note(value)
         elif what == "receipt":
             counts = Counts(**value["counts"])
             return Receipt(**{**value, "stage": self._name, "counts": counts})

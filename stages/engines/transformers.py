@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from stages.base import Failed, StageError
+from stages.devices import usable
 from stages.engines.base import (
     Answer,
     EngineFailure,
@@ -67,8 +68,7 @@ class TransformersEngine:
         self._batch = batch
         self._halving = Halving()
         self._template_args = template_args
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = usable(device)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -82,7 +82,7 @@ class TransformersEngine:
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             first = str(error).strip().splitlines()[0]
             raise StageError(f"{folder} is no language model for transformers: {first}") from error
-        self._model = model.to(device).eval()
+        self._model = model.to(place).eval()
         eos = model.generation_config.eos_token_id
         eos = self._tokenizer.eos_token_id if eos is None else eos
         self._eos: list[int] = eos if isinstance(eos, list) else [] if eos is None else [eos]

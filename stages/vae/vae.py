@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
+from stages.devices import usable
 from stages.models import folder_sha256
 from stages.remember import remembered
 from stages.vae.families import channels_of, constants_of, scaling_of, shape_of
@@ -93,6 +94,7 @@ class Vae:
         if options.compile:
             self.module.encoder.compile()
         self._halving = Halving()
+        self.looked_at = 0  # clips whose latents were decoded again, to see that they are right
         self._best: dict[tuple[int, ...], int] = {}
         self._copies = None
         if self.device.type == "cuda":
@@ -298,18 +300,3 @@ def channels_last(module: torch.nn.Module, video: bool) -> torch.memory_format:
 
 def _no_room(latents: torch.Tensor | Failed) -> bool:
     return isinstance(latents, Failed) and latents.error == "out_of_memory"
-
-
-def usable(device: str) -> torch.device:
-    """The device of that name; `auto` is the GPU, where there is one. Raises StageError."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise StageError(f"device {device} can't be used: {first}") from error
-    return found

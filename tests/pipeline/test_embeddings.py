@@ -50,8 +50,8 @@ class Encode(Stage[StageSettings, str]):
         return {"spec": SPEC.to_json()}
 
     def process(self, rows: list[Row], model: str) -> list[Outcome]:
-        shape = {"latents_shape": [1, 1, 1, 1], "latents_dtype": "float32"}
-        made = {**dict.fromkeys(LATENTS.names), **shape}
+        made = dict.fromkeys(LATENTS.names) | {"latents_shape": [1, 1, 1, 1]}
+        made |= {"latents_dtype": "float32", "frame_times": [0.0]}
         return [{**made, "latents": row["uri"][-4:].encode()} for row in rows]
 
 

@@ -64,3 +64,15 @@ def test_long_work_is_told_every_few_seconds_with_the_time_left(
         "encode: 50 of 100 rows: 45 kept, 0 rejected, 5 failed, 2.5 rows/s, 20 s left, "
         "model at work 95% of the time",
     ]
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_what_every_unit_raises_is_told_once(stream: type[io.StringIO]) -> None:
+    out = stream()
+    said = console(out)
+    said.start({"encode": StagePlan("encode", Counts(total=3, pending=3), units=["u", "v", "w"])})
+    for unit, error in (("u", "no device"), ("v", "no device"), ("w", "another fault")):
+        said.unit(Receipt("encode", unit, error=error))
+    said.end()
+    assert out.getvalue().count("no device") == 1
+    assert "encode: unit w raised another fault" in out.getvalue()

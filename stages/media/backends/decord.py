@@ -1,4 +1,4 @@
-"""decord 0.6: what many trainers of video models read with; a FFmpeg of 2019 inside.
+"""decord 0.6: what many trainers of video models read with; it brings FFmpeg 4.1.6.
 
 Frames are read one by one from the beginning on: by number it is silently wrong at the edges of
 open groups of pictures. So a late window costs the decoding of all before it. PyAV reads in its
