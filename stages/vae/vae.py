@@ -19,7 +19,7 @@ from stages.models import folder_sha256
 from stages.remember import remembered
 from stages.vae.families import channels_of, constants_of, scaling_of, shape_of
 from stages.vae.halving import Halving, whole
-from stages.vae.trial import best_batch
+from stages.vae.trial import BYTES, MOST, best_batch
 
 if TYPE_CHECKING:
     import torch
@@ -217,7 +217,8 @@ class Vae:
             on += [known.name, known.total_memory]
         how = [str(self.dtype), asdict(self.options)]
         key = ["batch", self.sha256, list(shape), *how, *on]
-        return int(remembered(key, lambda: best_batch(run)))
+        most = min(MOST, BYTES // clip.nbytes)
+        return int(remembered(key, lambda: best_batch(run, most)))
 
     def _moved(self, part: torch.Tensor) -> torch.Tensor:
         """A batch of bytes on the device. On CUDA it is copied while the device computes."""
