@@ -12,6 +12,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -182,7 +183,7 @@ class Target(ABC):
     def wants(self) -> Wants:
         return self.vaes[self.spec.vae_class]
 
-    @property
+    @cached_property
     def layout(self) -> str:
         """Names all that decides the files beside the clips."""
         text = self.index.text.to_json() if self.index.text else None

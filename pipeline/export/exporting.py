@@ -11,17 +11,16 @@ import contextlib
 import filecmp
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from manifests import durable
 from manifests.faults import unusable
 from manifests.redact import redact
 from manifests.shards import (
@@ -40,7 +39,7 @@ from pipeline.export.base import Clip, Entry, ExportError, Item, Kind, Options, 
 from pipeline.export.ledger import Ledger
 from stages.files import local_path
 
-# Clips whose latents and embeddings are in memory at once.
+# Clips whose embeddings are in memory at once.
 AT_ONCE = 16
 _PARTS = ".parts"
 
@@ -107,7 +106,7 @@ class _Export:
         self._summary = Summary(target.name)
 
     def run(self) -> Summary:
-        clips = sum(len(entries) for entries in self._shards(first=True))
+        clips = sum(len(entries) for entries in self._shards(captions=False))
         if not clips:
             raise ExportError(f"no clip can be exported: all are {self._left_out()}")
         self._ledger = Ledger(self._folder, self._target.name)
@@ -116,7 +115,9 @@ class _Export:
             shutil.rmtree(parts, ignore_errors=True)
             parts.mkdir()
             if self._target.numbered:
-                ids = (entry.clip_id for entries in self._shards() for entry in entries)
+                ids = (
+                    entry.clip_id for entries in self._shards(captions=False) for entry in entries
+                )
                 self._ledger.number(ids, self._limit is None)
             for entries in self._shards():
                 self._shard(entries)
@@ -138,32 +139,34 @@ class _Export:
 
     # ------------------------------------------------------------------------- which clips
 
-    def _shards(self, first: bool = False) -> Iterator[list[Entry]]:
+    def _shards(self, captions: bool = True) -> Iterator[list[Entry]]:
         """The clips that the layout takes, in the order of the index, those of a latent shard
-        together; the `first` time the others are counted."""
+        together; without `captions`, these are not fit to be written."""
         table = self._target.index.table
         table = table if self._limit is None else table.slice(0, self._limit)
         shards = table.column("shard").combine_chunks().dictionary_encode().indices.to_numpy()
         ends = [*(np.flatnonzero(np.diff(shards)) + 1), len(table)] if len(table) else []
-        begin = 0
+        begin, left_out = 0, Counter[str]()
         for end in ends:
             rows = table.slice(begin, end - begin).to_pylist()
             begin = int(end)
             taken = []
             for row in rows:
-                entry = self._entry(row)
+                entry = self._entry(row, captions)
                 why = self._target.accepts(entry)
                 if why is None:
                     taken.append(entry)
-                elif first:
-                    self._summary.left_out[why] += 1
+                else:
+                    left_out[why] += 1
             if taken:
                 yield taken
+        self._summary.left_out = left_out
 
-    def _entry(self, row: dict[str, Any]) -> Entry:
+    def _entry(self, row: dict[str, Any], captions: bool) -> Entry:
+        caption = row["caption"] or ""
         made = Entry(
             clip_id=row["clip_id"],
-            caption=redact(row["caption"] or ""),
+            caption=redact(caption) if captions else caption,  # it takes longer than all the rest
             shard=row["shard"],
             row=row["row"],
             shape=tuple(row["shape"]),
@@ -242,33 +245,33 @@ class _Export:
     def _stands(self, item: Item) -> bool:
         if self._overwrite and not self._ledger.wrote(item.name):
             return False
-        return self._ledger.holds(item.name, item.state) and (self._folder / item.name).exists()
+        size = self._ledger.holds(item.name, item.state)
+        return size is not None and size == _size(self._folder / item.name)
 
-    def _clips(self, wanted: Iterable[tuple[Entry, set[Kind]]]) -> Iterator[Clip]:
-        """The entries with what is stored of them, as far as it is wanted, a few at once."""
+    def _clips(self, wanted: Sequence[tuple[Entry, set[Kind]]]) -> Iterator[Clip]:
+        """The entries, in the order of the index, with what is stored of them, as far as it is
+        wanted. A row group of latents is in memory at once, and a few embeddings."""
+        latents = self._latents([entry for entry, kinds in wanted if "latents" in kinds])
+        firsts = self._latents([e for e, kinds in wanted if "first_frame" in kinds], True)
         waiting = iter(wanted)
         while some := list(islice(waiting, AT_ONCE)):
-            latents = self._latents([entry for entry, kinds in some if "latents" in kinds])
-            firsts = self._latents([e for e, kinds in some if "first_frame" in kinds], True)
             texts = self._texts([entry for entry, kinds in some if "text" in kinds])
-            for entry, _ in some:
+            for entry, kinds in some:
                 yield Clip(
                     entry,
                     self._target.spec,
                     self._of(entry).fps,
-                    latents.get(entry.clip_id),
+                    next(latents) if "latents" in kinds else None,
                     texts.get(entry.clip_id),
-                    firsts.get(entry.clip_id),
+                    next(firsts) if "first_frame" in kinds else None,
                 )
 
-    def _latents(self, entries: Sequence[Entry], first: bool = False) -> dict[str, Latent]:
-        found: dict[str, Latent] = {}
-        if not self._target.vaes:
-            return found
-        for shard, own in _by(entries, lambda entry: entry.shard).items():
-            own.sort(key=lambda entry: entry.row)
-            read = read_latents(self._target.index.workdir, shard, [e.row for e in own], first)
-            for entry, latent in zip(own, read):
+    def _latents(self, entries: Sequence[Entry], first: bool = False) -> Iterator[Latent]:
+        for shard, own in groupby(entries, lambda entry: entry.shard):
+            known = list(own)
+            rows = [entry.row for entry in known]
+            read = read_latents(self._target.index.workdir, shard, rows, first)
+            for entry, latent in zip(known, read):
                 same = first or latent.shape == entry.shape
                 if latent.clip_id != entry.clip_id or not same:
                     raise ShardError(
@@ -276,14 +279,14 @@ class _Export:
                         f"{entry.row}, where the index says clip {entry.clip_id} "
                         f"{list(entry.shape)}: `vidpipe audit` tells more"
                     )
-                found[entry.clip_id] = latent
-        return found
+                yield latent
 
     def _texts(self, entries: Sequence[Entry]) -> dict[str, Embedding]:
         if not self._target.vaes or self._target.wants.encoder is None:
             return {}
         by_key: dict[str | None, Embedding] = {}
-        for shard, own in _by(entries, lambda entry: entry.text_shard or "").items():
+        for shard in {entry.text_shard or "" for entry in entries}:
+            own = [entry for entry in entries if entry.text_shard == shard]
             keys = {entry.text_row: entry.text_key for entry in own if entry.text_row is not None}
             rows = sorted(keys)
             for row, text in zip(rows, read_embeddings(self._target.index.workdir, shard, rows)):
@@ -301,13 +304,10 @@ class _Export:
         part = self._folder / _PARTS / "part"
         part.unlink(missing_ok=True)
         self._target.write(item, clips, part)
-        if "video" not in item.kinds:
-            with part.open("rb+") as file:
-                durable.sync(file)
-        self._place(part, item.name)
-        self._ledger.put(item.name, item.state)
+        self._ledger.put(item.name, item.state, self._place(part, item.name))
 
-    def _place(self, part: Path, name: str) -> None:
+    def _place(self, part: Path, name: str) -> int:
+        """Gives the file its name; returns its length in bytes."""
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self._summary.bytes += part.lstat().st_size
@@ -315,8 +315,9 @@ class _Export:
         # Two links of one file: a rename from one to the other would do nothing.
         if path.exists() and path.samefile(part):
             part.unlink()
-            return
-        part.replace(path)
+        else:
+            part.replace(path)
+        return path.stat().st_size
 
     def _lists(self) -> None:
         """The files over all clips; one that says the same as before is left as it is."""
@@ -330,7 +331,7 @@ class _Export:
                 self._summary.kept += 1
             else:
                 self._place(part, name)
-            self._ledger.put(name, "")
+            self._ledger.put(name, "", 0)
 
     def _remove(self, name: str) -> None:
         path = self._folder / name
@@ -343,8 +344,9 @@ class _Export:
                 parent.rmdir()
 
 
-def _by(entries: Sequence[Entry], key: Callable[[Entry], str]) -> dict[str, list[Entry]]:
-    found: dict[str, list[Entry]] = {}
-    for entry in entries:
-        found.setdefault(key(entry), []).append(entry)
-    return found
+def _size(path: Path) -> int | None:
+    """Of the file, or of what it links to; None where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None

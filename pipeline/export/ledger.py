@@ -4,6 +4,7 @@ is new or another, and removes what is no more."""
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ NAME = "vidpipe-export.db"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE IF NOT EXISTS file (name TEXT PRIMARY KEY, state TEXT, run INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS file
+    (name TEXT PRIMARY KEY, state TEXT, size INTEGER, run INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS clip (id TEXT PRIMARY KEY, number INTEGER, run INTEGER);
 """
 
@@ -32,6 +34,7 @@ class Ledger:
             raise ExportError(f"{folder} is neither empty nor an export: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            self._kept = time.monotonic()
             self._database = sqlite3.connect(folder / NAME, timeout=1.0)
             # Held until the end: of two exports into one folder, the second is refused.
             self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -54,22 +57,28 @@ class Ledger:
         self._database.close()
 
     def commit(self) -> None:
-        self._database.commit()
+        """Keeps what was noted, about once a second."""
+        if time.monotonic() - self._kept > 1.0:
+            self._database.commit()
+            self._kept = time.monotonic()
 
-    def holds(self, name: str, state: str) -> bool:
-        """Whether the file was written of just this; it is still wanted, then."""
-        found = self._database.execute(
-            "UPDATE file SET run = ? WHERE name = ? AND state = ?", (self._run, name, state)
-        )
-        return found.rowcount > 0
+    def holds(self, name: str, state: str) -> int | None:
+        """The length of the file that was written of just this, which so is still wanted."""
+        run = self._database.execute
+        found = run("SELECT size FROM file WHERE name = ? AND state = ?", (name, state)).fetchone()
+        if found is None:
+            return None
+        run("UPDATE file SET run = ? WHERE name = ?", (self._run, name))
+        return int(found[0])
 
     def wrote(self, name: str) -> bool:
         """Whether this run wrote the file, or found it in place."""
         found = self._database.execute("SELECT run FROM file WHERE name = ?", (name,)).fetchone()
         return found is not None and found[0] == self._run
 
-    def put(self, name: str, state: str) -> None:
-        self._database.execute("REPLACE INTO file VALUES (?, ?, ?)", (name, state, self._run))
+    def put(self, name: str, state: str, size: int) -> None:
+        row = (name, state, size, self._run)
+        self._database.execute("REPLACE INTO file VALUES (?, ?, ?, ?)", row)
 
     def unwanted(self) -> Iterator[str]:
         """The files that this run neither wrote nor found in place; they are forgotten."""

@@ -141,6 +141,56 @@ def test_unpadded_is_what_wan_pads_with_zeros(
         assert not wanted[i, len(values) :].any()
 
 
+def clip_words(source: Path, folder: Path) -> None:
+    """OpenAI's own vocabulary of CLIP as transformers' files, as OpenAI's code builds it."""
+    import gzip
+    import json
+
+    # The bytes that are printed as they are, then the others under names from 256 on.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in plain] + [chr(256 + n) for n in range(256 - len(plain))]
+    lines = gzip.decompress(source.read_bytes()).decode().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += ["".join(merge.split()) for merge in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+
+
+def test_clips_real_vocabulary_as_stable_diffusion_uses_it(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.CLIPTextModel(config).eval()
+    model.save_pretrained(tmp_path)
+    words = shared_data / "weights" / "clip_tokenizer" / "bpe_simple_vocab_16e6.txt.gz"
+    clip_words(words, tmp_path)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    pipeline = diffusers.StableDiffusionPipeline(
+        None, model, tokenizer, None, None, None, None, requires_safety_checker=False
+    )
+    prompts = ["a photo of a cat", "", "naïve café, 日本 " * 30]
+    with torch.no_grad():
+        wanted, _ = pipeline.encode_prompt(prompts, torch.device("cpu"), 1, False)
+    encoder = loaded(tmp_path, max_length=77, padding="max_length")
+    texts = encoder.encode(prompts)
+    for text, own in zip(texts, wanted, strict=True):
+        torch.testing.assert_close(tensor(text), own, atol=1e-5, rtol=0)
+    assert [t.truncated for t in texts if isinstance(t, Text)] == [False, False, True]
+    assert [t.tokens for t in texts if isinstance(t, Text)] == [7, 2, 77]
+
+
 def test_each_distinct_caption_goes_through_once(t5: Path) -> None:
     encoder = loaded(t5, remember=1 << 20)
     first = encoder.encode(CAPTIONS)
