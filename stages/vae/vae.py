@@ -76,12 +76,12 @@ class Vae:
         self.dtype: torch.dtype = getattr(torch, dtype)
         try:
             cls = getattr(diffusers, self.shape.class_name)
-            module = cls.from_pretrained(folder, torch_dtype=self.dtype)
+            module = cls.from_pretrained(folder, torch_dtype=torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             raise StageError(f"the VAE in {folder} can't be loaded: {error}") from error
-        self.module = module.to(self.device).eval().requires_grad_(False)
         self.channels = channels_of(module)
-        self.shift, self.scale = scaling_of(module)
+        self.shift, self.scale = scaling_of(module)  # before those among the weights are rounded
+        self.module = module.to(self.device, self.dtype).eval().requires_grad_(False)
         self._format = torch.contiguous_format
         wanted = options.channels_last
         # On a CPU, PyTorch's GroupNorm loses up to two digits of flat pictures in that format.
