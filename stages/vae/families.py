@@ -149,7 +149,9 @@ def scaling_of(module: Any) -> tuple[list[float], list[float]]:
 
 def constants_of(module: Any) -> dict[str, Any]:
     """The numbers of the VAE's own config that trainers scale by."""
-    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    # The last one is CogVideoX 1.5's, and about the first frame's latents.
+    names = [*("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+    names += ["invert_scale_latents"]
     return {n: module.config[n] for n in names if module.config.get(n) is not None}
 
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 # (0.18215 forgotten) it came to 1 dB, or 5 dB on a test picture of saturated colours.
 OVER_FLAT = 4.0
 CLOSE = 30.0
-# Where red and blue are right, exchanging them never brought a clip closer.
-EXCHANGED = 0.5
+# Where red and blue are right, exchanging them brought a clip closer by 0.9 dB at most: one with
+# hardly any colour, of the demo's VAE. Where they are wrong it is 7 dB on a clip of few colours.
+EXCHANGED = 3.0
 CAUSES = (
     "the VAE's scaling_factor, shift_factor or latents_mean and latents_std are not its own, its "
     "encoder and its decoder are not of one training, it never learnt such pictures (demo://vae "

@@ -19,7 +19,7 @@ from stages.models import folder_sha256
 from stages.remember import remembered
 from stages.vae.families import channels_of, constants_of, scaling_of, shape_of
 from stages.vae.halving import Halving, whole
-from stages.vae.trial import best_batch
+from stages.vae.trial import BYTES, MOST, best_batch
 
 if TYPE_CHECKING:
     import torch
@@ -76,12 +76,12 @@ class Vae:
         self.dtype: torch.dtype = getattr(torch, dtype)
         try:
             cls = getattr(diffusers, self.shape.class_name)
-            module = cls.from_pretrained(folder, torch_dtype=self.dtype)
+            module = cls.from_pretrained(folder, torch_dtype=torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             raise StageError(f"the VAE in {folder} can't be loaded: {error}") from error
-        self.module = module.to(self.device).eval().requires_grad_(False)
         self.channels = channels_of(module)
-        self.shift, self.scale = scaling_of(module)
+        self.shift, self.scale = scaling_of(module)  # before those among the weights are rounded
+        self.module = module.to(self.device, self.dtype).eval().requires_grad_(False)
         self._format = torch.contiguous_format
         wanted = options.channels_last
         # On a CPU, PyTorch's GroupNorm loses up to two digits of flat pictures in that format.
@@ -217,7 +217,8 @@ class Vae:
             on += [known.name, known.total_memory]
         how = [str(self.dtype), asdict(self.options)]
         key = ["batch", self.sha256, list(shape), *how, *on]
-        return int(remembered(key, lambda: best_batch(run)))
+        most = min(MOST, BYTES // clip.nbytes)
+        return int(remembered(key, lambda: best_batch(run, most)))
 
     def _moved(self, part: torch.Tensor) -> torch.Tensor:
         """A batch of bytes on the device. On CUDA it is copied while the device computes."""

@@ -98,3 +98,19 @@ def test_a_source_that_is_gone(made: tuple[Path, str], tmp_path: Path) -> None:
         (tmp_path / "aside").rename(video)
     assert shown.psnr is None and Path(str(shown.file)).is_file()
     assert shown.message == "the source can't be read again: the file is not there"
+
+
+def test_a_window_is_compared_with_its_own_frames(made: tuple[Path, str], tmp_path: Path) -> None:
+    more = ("--set", "sampling.windows=2", "--set", "run.isolate=false")
+    run = Command(made[0], "run", *more)
+    assert run.wait(240) == 0, run.said
+    assert run.said.count("decoded again") == 3, "told without a process of its own, too"
+    pipeline = dag.build(config.load(str(made[0] / "vidpipe.yaml"), ("sampling.windows=2",)))
+    every = find(pipeline, [], 1000)
+    parent = every[0].source["clip_id"]
+    windows = [found.clip for found in every if found.source["clip_id"] == parent]
+    assert len(windows) == 2 and parent not in windows
+    shown = list(decode(pipeline, windows, tmp_path, png=True))
+    assert [(s.psnr or 0) > 20 and s.message is None for s in shown] == [True] * 2, shown
+    pictures = [(tmp_path / f"{clip}.png").read_bytes() for clip in windows]
+    assert pictures[0] != pictures[1]

@@ -26,13 +26,15 @@ class Device:
         self.now += self.start + self.each * clips
         return clips <= self.room
 
-    def best(self) -> int:
-        return best_batch(self.run, lambda: self.now)
+    def best(self, most: int = MOST) -> int:
+        return best_batch(self.run, most, lambda: self.now)
 
 
 def test_doubled_as_long_as_it_pays() -> None:
     """Of 1 s a batch and 0.1 s a clip, 32 clips take 4.2 s, 64 take 7.4 s: 14% faster."""
     assert Device(start=1.0, each=0.1).best() == MOST
+    assert Device(start=1.0, each=0.1).best(most=11) == 8
+    assert Device(start=1.0, each=0.1).best(most=0) == 1
     full = Device(start=0.0, each=1.0)
     assert full.best() == 1 and full.tried == {1, 2}, "the device is busy with a single clip"
     # 2 clips: 0.51 s each, 4: 0.505 s each, 1% faster.

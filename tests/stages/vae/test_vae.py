@@ -115,6 +115,13 @@ def test_half_precision_is_that_of_diffusers(
     torch.testing.assert_close(got.float(), exact, atol=0.1, rtol=0.1)
 
 
+def test_constants_among_the_weights_are_not_rounded(tmp_path: Path) -> None:
+    module = tiny("ltx")
+    module.latents_mean.copy_(torch.linspace(0.1234567, 0.9, 8))
+    module.save_pretrained(tmp_path)
+    assert Vae(str(tmp_path), "bfloat16").shift == module.latents_mean.tolist()
+
+
 def test_tiles_are_those_of_diffusers(tmp_path: Path) -> None:
     module = tiny("wan")
     module.save_pretrained(tmp_path)
