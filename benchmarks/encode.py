@@ -92,8 +92,7 @@ def compared(made: dag.Pipeline, args: argparse.Namespace) -> list[tuple[str, st
 def bare(clips: list[np.ndarray], model: Any, batch: int) -> None:
     for start in range(0, len(clips), batch):
         frames = torch.from_numpy(np.stack(clips[start : start + batch]))
-        for latents in model.encode(frames, 64, True):
-            latents.cpu()
+        model.fetch(model.encode(frames, True))
 
 
 def staged(made: dag.Pipeline, stage: Any, model: Any) -> dict[str, float]:

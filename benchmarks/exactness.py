@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.figures import report
 from stages.media import backends
+from stages.media.backends.base import OtherFrames
 from stages.media.backends.others import Unable
 from stages.media.video import VideoError
 
@@ -53,7 +54,7 @@ def judged(module: Any, path: str, case: Case) -> str:
             return "alone" if shown(module.alone, path, case) == asked(case) else "wrong"
         except Unable:
             return "with PyAV" if shown(module.decode, path, case) == asked(case) else "wrong"
-    except (VideoError, AssertionError):
+    except (VideoError, OtherFrames, AssertionError):
         return "wrong"
 
 

@@ -32,7 +32,8 @@ CLOSE = 30.0
 EXCHANGED = 0.5
 CAUSES = (
     "the VAE's scaling_factor, shift_factor or latents_mean and latents_std are not its own, its "
-    "encoder and its decoder are not of one training, or encode.dtype is too coarse for it"
+    "encoder and its decoder are not of one training, it never learnt such pictures (demo://vae "
+    "knows the demo's alone), or encode.dtype is too coarse for it"
 )
 
 

@@ -161,7 +161,7 @@ def quick() -> list[Case]:
     found += [Case("h264", "mkv", "pyramid", rate) for rate in (NTSC, VARIABLE)]
     found += [Case("h264", "mp4", "b", turn=turn) for turn in TURNS[::2] + TURNS[1:4:2]]
     found += [Case("hevc", "mov", "b", turn=(90, mirrored, False)) for mirrored in (False, True)]
-    found += [Case("h264", "mp4", "b", hidden=n) for n in (3, 17)]
+    found += [Case("h264", "mp4", group, hidden=n) for group in ("b", "open") for n in (3, 17)]
     found += [Case("hevc", "mov", "b", hidden=n) for n in (3, 17)]
     found += [
         Case(codec, where, "b", begins=5000)
@@ -180,7 +180,10 @@ def full() -> Iterator[Case]:
         for where, group in product(CONTAINERS[codec], GROUPS[codec]):
             if where in ("mp4", "mov"):
                 yield from (Case(codec, where, group, turn=t) for t in TURNS if t != UPRIGHT)
-                yield from (Case(codec, where, group, hidden=n) for n in (3, 17))
+                # FFmpeg leaves out what comes before the last key frame that is hidden; with intra
+                # refresh that is none, and the first frames shown are lost.
+                hidden = (3,) if group == "refresh" else (3, 17)
+                yield from (Case(codec, where, group, hidden=n) for n in hidden)
             if where not in ("avi", "mpg") and codec != "mpeg2":
                 yield Case(codec, where, group, begins=5000)
 
@@ -207,7 +210,9 @@ def shown(backend: Backend, path: str, case: Case) -> list[list[int]]:
     with opened(path) as video:
         times = timeline(video).times
     assert len(times) == len(case.times)
-    assert np.abs(np.array(times) - times[0] - case.times).max() < 0.0011, "the packets' times"
+    # MPEG-PS tells few times, and FFmpeg's guess of those between may be a frame late.
+    most = 0.0011 + (1 / case.rate if case.container == "mpg" else 0)
+    assert np.abs(np.array(times) - times[0] - case.times).max() < most, "the packets' times"
     fit = Fit(64, 64, "squash")
     return [
         [

@@ -13,7 +13,7 @@ from stages.media.backends import pyav
 from stages.media.backends.base import SAME, Backend, Picture
 from stages.media.picture import display_matrix, quarter_turned
 from stages.media.timeline import SNAP, timeline
-from stages.media.video import Budget, Video, opened
+from stages.media.video import Budget, Video, opened, packets
 
 
 class Unable(Exception):
@@ -58,16 +58,27 @@ def look(path: str, times: Sequence[float], budget: Budget, refused: Sequence[st
             raise Unable(f"it gives wrong frames of {video.container.format.long_name}")
         numbers = _numbers(video, times)
     with opened(path, budget=budget) as video:
-        frame = next(iter(video.container.decode(video.stream)), None)
+        frame = _first(video)
         pixel = float(video.stream.sample_aspect_ratio or 1) or 1.0
         stream, tick, origin = video.stream.index, video.tick, video.origin
-    if frame is None:
-        raise Unable("no frame decodes")
     matrix = display_matrix(frame)
     if matrix and matrix[0] * matrix[4] - matrix[1] * matrix[3] < 0:
         raise Unable("it does not mirror pictures")
     pixel = 1 / pixel if quarter_turned(matrix) else pixel
     return Look(numbers, frame, pixel, stream, tick, origin)
+
+
+def _first(video: Video) -> Any:
+    """The first frame that decodes: before it there may be some whose references are hidden."""
+    import av
+
+    for packet in packets(video, video.stream):
+        try:
+            for frame in packet.decode():
+                return frame
+        except av.error.FFmpegError:
+            continue
+    raise Unable("no frame decodes")
 
 
 def _numbers(video: Video, times: Sequence[float]) -> list[int]:

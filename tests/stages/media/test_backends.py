@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ class TestEach:
         here = read_clip(str(path), SMALL, 0.4, backend=self.backend(name))
         assert [number(frame) for frame in here.frames] == list(range(10, 20))
         assert np.array_equal(there.frames, here.frames)
+
+    def test_threads_read_each_with_a_reader_of_their_own(self, tmp_path: Path, name: str) -> None:
+        paths = [str(make(tmp_path / f"{i}.mp4", 40, 25, bf="2")) for i in range(8)]
+        decode = self.backend(name)
+        with ThreadPoolExecutor(4) as pool:
+            clips = list(pool.map(lambda path: read_clip(path, SMALL, 0.4, backend=decode), paths))
+        for clip in clips:
+            assert [number(frame) for frame in clip.frames] == list(range(10, 20))
 
     def test_what_is_no_video_says_so(self, tmp_path: Path, name: str) -> None:
         playlist = tmp_path / "a.mp4"
