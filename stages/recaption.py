@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -90,7 +91,9 @@ class RecaptionSettings(StageSettings):
     device: Speed[Literal["auto", "cpu", "cuda"]] = Field("auto", description="transformers: where")
     endpoints: Speed[tuple[str, ...]] = Field((), description="openai: base URLs, used in turn")
     api_key_env: Speed[str | None] = Field(None, description="openai: variable that holds the key")
-    concurrency: Speed[int] = Field(64, ge=1, description="openai: requests at once, a worker")
+    concurrency: Speed[int] = Field(
+        64, ge=1, description="openai: most requests at once, an endpoint and worker; it adapts"
+    )
     timeout: Speed[float] = Field(120.0, gt=0, description="openai: seconds for an answer")
     retries: Speed[int] = Field(4, ge=0, description="openai: further tries after a passing fault")
     backoff: Speed[float] = Field(1.0, ge=0, description="openai: seconds before the second try")
@@ -101,6 +104,11 @@ class RecaptionSettings(StageSettings):
             raise ValueError("prompt and prompt_file are both set: keep one")
         if self.engine == "openai" and not self.endpoints:
             raise ValueError("engine openai needs endpoints: [http://host:8000/v1]")
+        if self.api_key_env and any("@" in urlsplit(url).netloc for url in self.endpoints):
+            raise ValueError(
+                "endpoints has a user and password, and api_key_env names a key; both go into the "
+                "one Authorization header of a request: keep one"
+            )
         try:
             load_template(self)
         except StageError as error:
