@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import string
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -34,9 +35,11 @@ from stages.base import (
     StageError,
     StageSettings,
     alive,
+    count,
+    spent,
 )
 from stages.devices import check_device
-from stages.engines.base import Engine, EngineFailure, Request, Result, SamplingSettings
+from stages.engines.base import Answer, Engine, EngineFailure, Request, Result, SamplingSettings
 from stages.models import check, model_identity, model_label, resolve
 
 DEFAULT_PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
@@ -180,6 +183,13 @@ def seed_of(seed: int, clip_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{clip_id}".encode()).digest()[:4], "big") >> 1
 
 
+def _counted(result: Result) -> None:
+    """Tells how many tokens went into an answer, as far as its engine says."""
+    if isinstance(result, Answer):
+        for what in ("tokens", "prompt_tokens", "cached_tokens"):
+            count(what, getattr(result, what) or 0)
+
+
 class Recaption(Stage[RecaptionSettings, Engine]):
     """The caption rewritten by a language model, beside the raw answer and what made it."""
 
@@ -304,6 +314,9 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         batch = s.batch_size or 16
         return TransformersEngine(folder, label, dtype, s.device, batch, s.template_args)
 
+    def teardown(self, model: Engine) -> None:
+        model.close()
+
     def process(self, rows: list[Row], model: Engine) -> Sequence[Outcome]:
         outcomes = dict(self._streamed(rows, model))
         return [outcomes[number] for number in range(len(rows))]
@@ -320,11 +333,26 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         """The outcomes of rows by their numbers, as the engine answers them."""
         s = self.settings
         unasked: deque[tuple[int, Outcome]] = deque()
+        flying = 0
+
+        def awaited() -> Iterator[Row]:
+            """The rows; the time for which the engine has nothing to do meanwhile is told."""
+            coming = iter(rows)
+            while True:
+                began = time.perf_counter()
+                row = next(coming, None)
+                if not flying:
+                    spent("wait", time.perf_counter() - began)
+                if row is None:
+                    return
+                yield row
 
         def requests() -> Iterator[tuple[int, Request]]:
-            for number, row in enumerate(rows):
+            nonlocal flying
+            for number, row in enumerate(awaited()):
                 prompt = self.template.render(row)
                 if isinstance(prompt, str):
+                    flying += 1
                     yield number, Request(prompt, seed_of(s.seed, row["clip_id"]))
                 else:
                     unasked.append((number, prompt))
@@ -333,6 +361,8 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         with closing(model.stream(requests(), sampling)) as answers:
             for number, result in answers:
                 alive()
+                flying -= 1
+                _counted(result)
                 yield number, self._outcome(result, model)
                 while unasked:
                     yield unasked.popleft()
