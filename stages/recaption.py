@@ -11,10 +11,14 @@ import importlib.util
 import os
 import re
 import string
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -30,9 +34,12 @@ from stages.base import (
     Stage,
     StageError,
     StageSettings,
+    alive,
+    count,
+    spent,
 )
 from stages.devices import check_device
-from stages.engines.base import Engine, EngineFailure, Request, Result, SamplingSettings
+from stages.engines.base import Answer, Engine, EngineFailure, Request, Result, SamplingSettings
 from stages.models import check, model_identity, model_label, resolve
 
 DEFAULT_PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
@@ -79,12 +86,17 @@ class RecaptionSettings(StageSettings):
         default_factory=lambda: {"enable_thinking": False},
         description="for the model's chat template; to servers as chat_template_kwargs, unless {}",
     )
+    batch_size: Speed[int | None] = Field(
+        None, ge=1, description="transformers: prompts of one forward pass; default 16"
+    )
     max_model_len: int = Field(4096, ge=16, description="vllm: tokens of prompt and answer")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="vllm: more of vllm.LLM")
     device: Speed[Literal["auto", "cpu", "cuda"]] = Field("auto", description="transformers: where")
     endpoints: Speed[tuple[str, ...]] = Field((), description="openai: base URLs, used in turn")
     api_key_env: Speed[str | None] = Field(None, description="openai: variable that holds the key")
-    concurrency: Speed[int] = Field(64, ge=1, description="openai: requests at once, a worker")
+    concurrency: Speed[int] = Field(
+        64, ge=1, description="openai: most requests at once, an endpoint and worker; it adapts"
+    )
     timeout: Speed[float] = Field(120.0, gt=0, description="openai: seconds for an answer")
     retries: Speed[int] = Field(4, ge=0, description="openai: further tries after a passing fault")
     backoff: Speed[float] = Field(1.0, ge=0, description="openai: seconds before the second try")
@@ -95,6 +107,11 @@ class RecaptionSettings(StageSettings):
             raise ValueError("prompt and prompt_file are both set: keep one")
         if self.engine == "openai" and not self.endpoints:
             raise ValueError("engine openai needs endpoints: [http://host:8000/v1]")
+        if self.api_key_env and any("@" in urlsplit(url).netloc for url in self.endpoints):
+            raise ValueError(
+                "endpoints has a user and password, and api_key_env names a key; both go into the "
+                "one Authorization header of a request: keep one"
+            )
         try:
             load_template(self)
         except StageError as error:
@@ -166,6 +183,13 @@ def seed_of(seed: int, clip_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{clip_id}".encode()).digest()[:4], "big") >> 1
 
 
+def _counted(result: Result) -> None:
+    """Tells how many tokens went into an answer, as far as its engine says."""
+    if isinstance(result, Answer):
+        for what in ("tokens", "prompt_tokens", "cached_tokens"):
+            count(what, getattr(result, what) or 0)
+
+
 class Recaption(Stage[RecaptionSettings, Engine]):
     """The caption rewritten by a language model, beside the raw answer and what made it."""
 
@@ -178,12 +202,13 @@ class Recaption(Stage[RecaptionSettings, Engine]):
             pa.field("recaption_model", pa.string()),
             pa.field("recaption_prompt", pa.string()),  # hash of the template
             pa.field("recaption_tokens", pa.int32()),  # of the answer
+            pa.field("recaption_prompt_tokens", pa.int32()),
             pa.field("recaption_truncated", pa.bool_()),  # cut off at max_tokens
         ]
     )
     after = ("filter",)
     transient = (
-        *("engine_unreachable", "network", "timeout", "bad_answer"),
+        *("engine_unreachable", "network", "timeout", "bad_answer", "killed_engine"),
         *("http_408", "http_409", "http_425", "http_429", "http_5??"),
     )
     default_resources = Resources(cpus=1)
@@ -198,12 +223,8 @@ class Recaption(Stage[RecaptionSettings, Engine]):
 
     @property
     def batch_size(self) -> int:
-        """Rows given to process: vLLM and servers batch by themselves, transformers sorts."""
-        return 8 * self._batch if self.settings.engine == "transformers" else self._batch
-
-    @property
-    def _batch(self) -> int:
-        return self.settings.batch_size or (16 if self.settings.engine == "transformers" else 512)
+        """Rows taken at once: one, as the engine asks for each when it has room."""
+        return 1
 
     @property
     def accelerated(self) -> bool:
@@ -290,22 +311,62 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         from stages.engines.transformers import TransformersEngine
 
         dtype = "float32" if s.dtype == "auto" else s.dtype
-        return TransformersEngine(folder, label, dtype, s.device, self._batch, s.template_args)
+        batch = s.batch_size or 16
+        return TransformersEngine(folder, label, dtype, s.device, batch, s.template_args)
+
+    def teardown(self, model: Engine) -> None:
+        model.close()
 
     def process(self, rows: list[Row], model: Engine) -> Sequence[Outcome]:
+        outcomes = dict(self._streamed(rows, model))
+        return [outcomes[number] for number in range(len(rows))]
+
+    def stream(
+        self, batches: Iterator[pa.Table], model: Engine
+    ) -> Generator[tuple[int, Sequence[Outcome]]]:
+        rows = (batch.to_pylist()[0] for batch in batches)
+        with closing(self._streamed(rows, model)) as outcomes:
+            for number, outcome in outcomes:
+                yield number, [outcome]
+
+    def _streamed(self, rows: Iterable[Row], model: Engine) -> Generator[tuple[int, Outcome]]:
+        """The outcomes of rows by their numbers, as the engine answers them."""
         s = self.settings
-        prompts = [self.template.render(row) for row in rows]
-        requests = [
-            Request(prompt, seed_of(s.seed, row["clip_id"]))
-            for row, prompt in zip(rows, prompts, strict=True)
-            if isinstance(prompt, str)
-        ]
+        unasked: deque[tuple[int, Outcome]] = deque()
+        flying = 0
+
+        def awaited() -> Iterator[Row]:
+            """The rows; the time for which the engine has nothing to do meanwhile is told."""
+            coming = iter(rows)
+            while True:
+                began = time.perf_counter()
+                row = next(coming, None)
+                if not flying:
+                    spent("wait", time.perf_counter() - began)
+                if row is None:
+                    return
+                yield row
+
+        def requests() -> Iterator[tuple[int, Request]]:
+            nonlocal flying
+            for number, row in enumerate(awaited()):
+                prompt = self.template.render(row)
+                if isinstance(prompt, str):
+                    flying += 1
+                    yield number, Request(prompt, seed_of(s.seed, row["clip_id"]))
+                else:
+                    unasked.append((number, prompt))
+
         sampling = SamplingSettings(s.max_tokens, s.temperature, s.top_p)
-        results = iter(model.generate(requests, sampling) if requests else [])
-        return [
-            self._outcome(next(results), model) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+        with closing(model.stream(requests(), sampling)) as answers:
+            for number, result in answers:
+                alive()
+                flying -= 1
+                _counted(result)
+                yield number, self._outcome(result, model)
+                while unasked:
+                    yield unasked.popleft()
+        yield from unasked
 
     def _outcome(self, result: Result, model: Engine) -> Outcome:
         if isinstance(result, EngineFailure):
@@ -319,5 +380,6 @@ class Recaption(Stage[RecaptionSettings, Engine]):
             "recaption_model": model.label,
             "recaption_prompt": digest(self.template.text),
             "recaption_tokens": result.tokens,
+            "recaption_prompt_tokens": result.prompt_tokens,
             "recaption_truncated": result.truncated,
         }

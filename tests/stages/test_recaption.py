@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from stages.base import Context, Failed, Rejected, StageError
-from stages.engines.base import Answer, EngineFailure, Request, Result, SamplingSettings
+from stages.base import Context, Failed, Rejected, StageError, counting
+from stages.engines.base import (
+    Answer,
+    EngineFailure,
+    Request,
+    Requests,
+    Result,
+    SamplingSettings,
+)
 from stages.recaption import Recaption, RecaptionSettings, Template, clean, seed_of
 
 CONTEXT = Context("/work")
@@ -25,9 +33,15 @@ class Echo:
         self.answers = answers
         self.asked: list[list[Request]] = []
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
-        self.asked.append(list(requests))
-        return [self.answers.get(r.prompt, Answer(r.prompt, 3, False)) for r in requests]
+    def stream(
+        self, requests: Requests, sampling: SamplingSettings
+    ) -> Generator[tuple[int, Result]]:
+        self.asked.append([])
+        for one in requests:
+            assert one is not None
+            number, request = one
+            self.asked[-1].append(request)
+            yield number, self.answers.get(request.prompt, Answer(request.prompt, 3, False, 7))
 
     def close(self) -> None:
         """Holds nothing."""
@@ -135,6 +149,7 @@ def test_outcomes_stand_in_the_place_of_their_rows() -> None:
         "recaption_model": "echo@1",
         "recaption_prompt": stage.identity()["template"],
         "recaption_tokens": 3,
+        "recaption_prompt_tokens": 7,
         "recaption_truncated": False,
     }
     assert [type(none), none.reason, empty.reason] == [Rejected, "empty_caption", "empty_caption"]
@@ -145,11 +160,20 @@ def test_outcomes_stand_in_the_place_of_their_rows() -> None:
     assert [r.prompt for r in engine.asked[0]] == ["'fine'", "bad", "blank", "long"]
 
 
+def test_tokens_are_counted() -> None:
+    counted: Counter[str] = Counter()
+    engine = Echo(a=Answer("x", 5, False, 9, 4), b=Answer("x", None, False))
+    rows = [{"clip_id": c, "caption": c} for c in ("a", "b", "c")]
+    with counting(lambda what, n: counted.update({what: n})):
+        make(prompt="{caption}").process(rows, engine)
+    assert counted == {"tokens": 8, "prompt_tokens": 16, "cached_tokens": 4}
+
+
 def test_without_a_caption_the_engine_is_not_asked() -> None:
     engine = Echo()
     (outcome,) = make().process([{"clip_id": "a", "caption": ""}], engine)
     assert outcome.reason == "empty_caption"
-    assert engine.asked == []
+    assert engine.asked == [[]]
 
 
 def test_each_clip_has_its_own_seed() -> None:
@@ -220,6 +244,14 @@ def test_without_vllm_the_remedy_is_told() -> None:
             make(engine="vllm").check()
     else:
         pytest.skip("vllm is installed")
+
+
+def test_a_password_and_a_key_are_not_both_for_one_header() -> None:
+    named = ["http://a", "http://user:hunter2@b/v1"]
+    make(endpoints=named)
+    with pytest.raises(ValidationError, match="one Authorization header") as refused:
+        make(endpoints=named, api_key_env="VIDPIPE_TEST_KEY")
+    assert "hunter2" not in refused.value.errors(include_input=False)[0]["msg"]
 
 
 def test_engines_that_need_one_ask_for_a_gpu() -> None:
