@@ -11,7 +11,9 @@ import importlib.util
 import os
 import re
 import string
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,7 @@ from stages.base import (
     Stage,
     StageError,
     StageSettings,
+    alive,
 )
 from stages.devices import check_device
 from stages.engines.base import Engine, EngineFailure, Request, Result, SamplingSettings
@@ -78,6 +81,9 @@ class RecaptionSettings(StageSettings):
     template_args: dict[str, Any] = Field(
         default_factory=lambda: {"enable_thinking": False},
         description="for the model's chat template; to servers as chat_template_kwargs, unless {}",
+    )
+    batch_size: Speed[int | None] = Field(
+        None, ge=1, description="transformers: prompts of one forward pass; default 16"
     )
     max_model_len: int = Field(4096, ge=16, description="vllm: tokens of prompt and answer")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="vllm: more of vllm.LLM")
@@ -178,12 +184,13 @@ class Recaption(Stage[RecaptionSettings, Engine]):
             pa.field("recaption_model", pa.string()),
             pa.field("recaption_prompt", pa.string()),  # hash of the template
             pa.field("recaption_tokens", pa.int32()),  # of the answer
+            pa.field("recaption_prompt_tokens", pa.int32()),
             pa.field("recaption_truncated", pa.bool_()),  # cut off at max_tokens
         ]
     )
     after = ("filter",)
     transient = (
-        *("engine_unreachable", "network", "timeout", "bad_answer"),
+        *("engine_unreachable", "network", "timeout", "bad_answer", "killed_engine"),
         *("http_408", "http_409", "http_425", "http_429", "http_5??"),
     )
     default_resources = Resources(cpus=1)
@@ -198,12 +205,8 @@ class Recaption(Stage[RecaptionSettings, Engine]):
 
     @property
     def batch_size(self) -> int:
-        """Rows given to process: vLLM and servers batch by themselves, transformers sorts."""
-        return 8 * self._batch if self.settings.engine == "transformers" else self._batch
-
-    @property
-    def _batch(self) -> int:
-        return self.settings.batch_size or (16 if self.settings.engine == "transformers" else 512)
+        """Rows taken at once: one, as the engine asks for each when it has room."""
+        return 1
 
     @property
     def accelerated(self) -> bool:
@@ -290,22 +293,42 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         from stages.engines.transformers import TransformersEngine
 
         dtype = "float32" if s.dtype == "auto" else s.dtype
-        return TransformersEngine(folder, label, dtype, s.device, self._batch, s.template_args)
+        batch = s.batch_size or 16
+        return TransformersEngine(folder, label, dtype, s.device, batch, s.template_args)
 
     def process(self, rows: list[Row], model: Engine) -> Sequence[Outcome]:
+        outcomes = dict(self._streamed(rows, model))
+        return [outcomes[number] for number in range(len(rows))]
+
+    def stream(
+        self, batches: Iterator[pa.Table], model: Engine
+    ) -> Generator[tuple[int, Sequence[Outcome]]]:
+        rows = (batch.to_pylist()[0] for batch in batches)
+        with closing(self._streamed(rows, model)) as outcomes:
+            for number, outcome in outcomes:
+                yield number, [outcome]
+
+    def _streamed(self, rows: Iterable[Row], model: Engine) -> Generator[tuple[int, Outcome]]:
+        """The outcomes of rows by their numbers, as the engine answers them."""
         s = self.settings
-        prompts = [self.template.render(row) for row in rows]
-        requests = [
-            Request(prompt, seed_of(s.seed, row["clip_id"]))
-            for row, prompt in zip(rows, prompts, strict=True)
-            if isinstance(prompt, str)
-        ]
+        unasked: deque[tuple[int, Outcome]] = deque()
+
+        def requests() -> Iterator[tuple[int, Request]]:
+            for number, row in enumerate(rows):
+                prompt = self.template.render(row)
+                if isinstance(prompt, str):
+                    yield number, Request(prompt, seed_of(s.seed, row["clip_id"]))
+                else:
+                    unasked.append((number, prompt))
+
         sampling = SamplingSettings(s.max_tokens, s.temperature, s.top_p)
-        results = iter(model.generate(requests, sampling) if requests else [])
-        return [
-            self._outcome(next(results), model) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+        with closing(model.stream(requests(), sampling)) as answers:
+            for number, result in answers:
+                alive()
+                yield number, self._outcome(result, model)
+                while unasked:
+                    yield unasked.popleft()
+        yield from unasked
 
     def _outcome(self, result: Result, model: Engine) -> Outcome:
         if isinstance(result, EngineFailure):
@@ -319,5 +342,6 @@ class Recaption(Stage[RecaptionSettings, Engine]):
             "recaption_model": model.label,
             "recaption_prompt": digest(self.template.text),
             "recaption_tokens": result.tokens,
+            "recaption_prompt_tokens": result.prompt_tokens,
             "recaption_truncated": result.truncated,
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ class Answer:
     text: str
     tokens: int | None  # written, the end included; None where the server does not say
     truncated: bool  # stopped by max_tokens, not by the model
+    prompt_tokens: int | None = None  # read; None where the server does not say
+    cached_tokens: int | None = None  # of these, how many another prompt's work was used for
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +39,42 @@ class EngineFailure:
 
 
 Result = Answer | EngineFailure
+# Requests by number. None: none at this moment, but one may come of an answer that is still out.
+Requests = Iterator[tuple[int, Request] | None]
 
 
 class Engine(Protocol):
     label: str  # which model exactly, for the rows
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
-        """One result per request, in order."""
+    def stream(
+        self, requests: Requests, sampling: SamplingSettings
+    ) -> Generator[tuple[int, Result]]:
+        """One result per request, with its number, in the order in which they are had.
+
+        `requests` is asked in the thread that this runs in, whenever there is room, so that what
+        was taken and not answered is what the engine holds. Closing this gives them up. Raises
+        StageError where no request can be answered; what was answered before stands.
+        """
         ...
 
     def close(self) -> None:
         """Gives back what the engine holds."""
         ...
+
+
+def ask(engine: Engine, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
+    """One result per request, in order."""
+    with closing(engine.stream(iter(enumerate(requests)), sampling)) as answers:
+        results = dict(answers)
+    return [results[number] for number in range(len(requests))]
+
+
+def taken(requests: Requests, most: int) -> list[tuple[int, Request]]:
+    """The next ones, at most so many; fewer where there are none at this moment."""
+    now: list[tuple[int, Request]] = []
+    while len(now) < most and (one := next(requests, None)) is not None:
+        now.append(one)
+    return now
 
 
 def encode(tokenizer: Any, prompt: str, template_args: Mapping[str, Any]) -> list[int]:

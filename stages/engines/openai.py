@@ -10,13 +10,21 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from manifests.redact import conceal, redact
 from stages.base import StageError
-from stages.engines.base import Answer, EngineFailure, Request, Result, SamplingSettings
+from stages.engines.base import (
+    Answer,
+    EngineFailure,
+    Request,
+    Requests,
+    Result,
+    SamplingSettings,
+    taken,
+)
 from stages.openers import retry_after
 from stages.transfer import LONGEST_WAIT
 
@@ -81,7 +89,14 @@ class OpenAIEngine:
         self._backoff = backoff
         self._extra = {"chat_template_kwargs": dict(template_args)} if template_args else {}
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
+    def stream(
+        self, requests: Requests, sampling: SamplingSettings
+    ) -> Generator[tuple[int, Result]]:
+        while chunk := taken(requests, 8 * self._concurrency):
+            results = self._generate([request for _, request in chunk], sampling)
+            yield from ((number, result) for (number, _), result in zip(chunk, results))
+
+    def _generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
         """Raises StageError where nobody answers any of them."""
         results = asyncio.run(self._all(requests, sampling))
         faults = [r for r in results if isinstance(r, EngineFailure) and r.error in OF_THE_RUN]

@@ -6,7 +6,7 @@ that depends on the request's seed alone, whatever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pickle import UnpicklingError
 from typing import Any
 
@@ -16,9 +16,11 @@ from stages.engines.base import (
     Answer,
     EngineFailure,
     Request,
+    Requests,
     Result,
     SamplingSettings,
     encode,
+    taken,
     too_long,
 )
 from stages.vae.halving import Halving
@@ -45,6 +47,9 @@ class GumbelChoice:
         size = scores.shape[-1]
         noise = torch.stack([torch.empty(size).exponential_(generator=g) for g in self._generators])
         return scores - noise.to(scores.device).log()
+
+
+CHUNK = 8  # batches whose prompts are sorted by length, so that a batch has little padding
 
 
 class TransformersEngine:
@@ -92,29 +97,35 @@ class TransformersEngine:
         model.generation_config = GenerationConfig()
         self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
-        prompts = [encode(self._tokenizer, r.prompt, self._template_args) for r in requests]
-        results: dict[int, Result] = {}
+    def stream(
+        self, requests: Requests, sampling: SamplingSettings
+    ) -> Generator[tuple[int, Result]]:
+        while chunk := taken(requests, CHUNK * self._batch):
+            yield from self._answered(chunk, sampling)
+
+    def _answered(
+        self, chunk: Sequence[tuple[int, Request]], sampling: SamplingSettings
+    ) -> Generator[tuple[int, Result]]:
+        prompts = [encode(self._tokenizer, r.prompt, self._template_args) for _, r in chunk]
         fits: list[int] = []
         for i, prompt in enumerate(prompts):
             failure = too_long(len(prompt), sampling.max_tokens, self._room)
             if failure is None:
                 fits.append(i)
             else:
-                results[i] = failure
+                yield chunk[i][0], failure
         # Prompts of a length together: less padding.
         fits.sort(key=lambda i: (len(prompts[i]), i))
 
         def answers(chosen: list[int]) -> list[Result]:
             return self._forward(
-                [prompts[i] for i in chosen], [requests[i].seed for i in chosen], sampling
+                [prompts[i] for i in chosen], [chunk[i][1].seed for i in chosen], sampling
             )
 
         for i, answer in zip(fits, self._halving(answers, fits, self._batch)):
             if isinstance(answer, Failed):
                 answer = EngineFailure(answer.error, answer.message)
-            results[i] = answer
-        return [results[i] for i in range(len(requests))]
+            yield chunk[i][0], answer
 
     def _forward(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingSettings
@@ -139,13 +150,14 @@ class TransformersEngine:
                 generation_config=config,
                 logits_processor=choice,
             )
-        return [self._result(row, sampling) for row in output[:, longest:].tolist()]
+        written = output[:, longest:].tolist()
+        return [self._result(row, len(prompt)) for row, prompt in zip(written, prompts)]
 
-    def _result(self, tokens: list[int], sampling: SamplingSettings) -> Result:
+    def _result(self, tokens: list[int], prompt_tokens: int) -> Result:
         ends = [i for i, token in enumerate(tokens) if token in self._eos]
         written = tokens[: ends[0]] if ends else tokens
         text = self._tokenizer.decode(written, skip_special_tokens=True)
-        return Answer(text, len(written) + bool(ends), truncated=not ends)
+        return Answer(text, len(written) + bool(ends), not ends, prompt_tokens)
 
     def close(self) -> None:
         import torch

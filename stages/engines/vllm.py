@@ -1,12 +1,34 @@
-"""Answers by vLLM's offline engine: batched continuously, a common prefix computed once."""
+"""Answers by vLLM's offline engine: batched continuously, a common prefix computed once.
+
+The engine is a process of its own. It is stepped here, and gets a request whenever it has room, so
+it is never drained between batches. When it dies it is started again, and gets what it held once
+more: at first all together, as most deaths are no request's fault; what died twice, one by one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+import itertools
+from collections import Counter, deque
+from collections.abc import Generator, Mapping
 from typing import Any
 
-from stages.base import StageError
-from stages.engines.base import Answer, Request, Result, SamplingSettings, encode, too_long
+from stages.base import StageError, tell
+from stages.engines.base import (
+    Answer,
+    EngineFailure,
+    Request,
+    Requests,
+    Result,
+    SamplingSettings,
+    encode,
+    too_long,
+)
+
+# Requests that wait in the engine, over those that it runs at once: the next are there in time.
+WAITING = 0.25
+DEATHS = 3  # of the engine, the last with one request alone, after which this is not asked again
+RESTARTS = 3  # in a row, with no answer between
 
 
 class VllmEngine:
@@ -21,59 +43,138 @@ class VllmEngine:
         args: Mapping[str, Any],
         template_args: Mapping[str, Any],
     ) -> None:
-        from vllm import LLM
-
         self.label = label
+        self._folder = folder
         self._template_args = template_args
-        settings = {
+        self._settings = {
             "dtype": dtype,
             "max_model_len": max_model_len,
             "enable_prefix_caching": True,
             "seed": 0,
             **args,
         }
+        self._room = max_model_len
+        self._ids = itertools.count()
+        self._broken: str | None = None  # it died too often: not started again in this worker
+        self._start()
+
+    def _start(self) -> None:
+        from vllm import LLM
+
         try:
-            self._llm: Any = LLM(model=folder, **settings)
-        except (TypeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+            self._llm: Any = LLM(model=self._folder, **self._settings)
+        except (TypeError, ValueError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StageError(
-                f"vLLM does not start with {folder} and {dict(settings)}: {first}. Change "
+                f"vLLM does not start with {self._folder} and {self._settings}: {first}. Change "
                 "recaption.engine_args or recaption.max_model_len."
             ) from error
         self._tokenizer = self._llm.get_tokenizer()
-        self._room = max_model_len
+        seats = int(self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs)
+        self._most = seats + max(1, int(WAITING * seats))
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
+    def stream(
+        self, requests: Requests, sampling: SamplingSettings
+    ) -> Generator[tuple[int, Result]]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._broken:
+            raise StageError(self._broken)
+        held: dict[str, tuple[int, Request]] = {}
+        again: deque[tuple[int, Request]] = deque()
+        deaths: Counter[int] = Counter()
+        in_a_row = 0
+        try:
+            while True:
+                try:
+                    yield from self._fill(held, again, deaths, requests, sampling)
+                    if not held:
+                        return
+                    outputs = self._llm.llm_engine.step()
+                except EngineDeadError as error:
+                    in_a_row += 1
+                    again.extendleft(reversed(held.values()))
+                    deaths.update(number for number, _ in held.values())
+                    alone = len(held) == 1
+                    held.clear()
+                    self._restart(error, in_a_row, len(again))
+                    if alone and deaths[again[0][0]] >= DEATHS:
+                        number, _ = again.popleft()
+                        message = f"vLLM's engine died {DEATHS} times on it, the last time alone"
+                        yield number, EngineFailure("killed_engine", message)
+                    continue
+                for output in outputs:
+                    if output.finished and output.request_id in held:
+                        in_a_row = 0
+                        yield held.pop(output.request_id)[0], _answer(output)
+        finally:
+            if held and self._llm is not None:
+                self._llm.llm_engine.abort_request(list(held))
+
+    def _fill(
+        self,
+        held: dict[str, tuple[int, Request]],
+        again: deque[tuple[int, Request]],
+        deaths: Counter[int],
+        requests: Requests,
+        sampling: SamplingSettings,
+    ) -> Generator[tuple[int, Result]]:
+        """Gives the engine what it has room for; answers what it could not take."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        # A prompt that is too long would raise for the whole batch, so it is found here.
-        prompts = [encode(self._tokenizer, r.prompt, self._template_args) for r in requests]
-        results = {
-            i: failure
-            for i, prompt in enumerate(prompts)
-            if (failure := too_long(len(prompt), sampling.max_tokens, self._room))
-        }
-        fits = [i for i in range(len(prompts)) if i not in results]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": prompts[i]} for i in fits],
-            sampling_params=[
-                SamplingParams(
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=requests[i].seed,
-                )
-                for i in fits
-            ],
-            use_tqdm=False,
-        )
-        answers: dict[int, Result] = {**results}
-        for i, output in zip(fits, outputs, strict=True):
-            (best,) = output.outputs
-            truncated = best.finish_reason == "length"
-            answers[i] = Answer(best.text, len(best.token_ids), truncated)
-        return [answers[i] for i in range(len(prompts))]
+        while True:
+            suspected = any(deaths[number] >= DEATHS - 1 for number, _ in (*held.values(), *again))
+            if len(held) >= (1 if suspected else self._most):
+                return
+            one = again.popleft() if again else next(requests, None)
+            if one is None:
+                return
+            number, request = one
+            prompt = encode(self._tokenizer, request.prompt, self._template_args)
+            # One that is too long would raise.
+            if failure := too_long(len(prompt), sampling.max_tokens, self._room):
+                yield number, failure
+                continue
+            name = str(next(self._ids))
+            held[name] = one
+            how = SamplingParams(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=request.seed,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            self._llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, how)
+
+    def _restart(self, error: Exception, in_a_row: int, held: int) -> None:
+        self._shut()
+        first = (str(error).strip().splitlines() or [""])[0]
+        if in_a_row > RESTARTS:
+            self._broken = (
+                f"vLLM's engine died {in_a_row} times without an answer between: {first} What is "
+                "answered is kept; see its own log above, change recaption.engine_args, and run "
+                "again."
+            )
+            raise StageError(self._broken) from error
+        tell(f"vLLM's engine died with {held} requests, and is started again: {first}")
+        self._start()
+
+    def _shut(self) -> None:
+        """vLLM ends its engine's process when the LLM is collected."""
+        self._llm = None
+        gc.collect()
 
     def close(self) -> None:
-        # vLLM stops its engine process when the LLM is collected.
-        del self._llm
+        self._shut()
+
+
+def _answer(output: Any) -> Answer:
+    (best,) = output.outputs
+    return Answer(
+        best.text,
+        len(best.token_ids),
+        best.finish_reason == "length",
+        len(output.prompt_token_ids),
+        output.num_cached_tokens,
+    )

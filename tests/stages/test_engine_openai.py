@@ -10,7 +10,7 @@ from web import Request as Web_Request
 from web import Web
 
 from stages.base import Context, Failed, StageError
-from stages.engines.base import Answer, EngineFailure, Request, SamplingSettings
+from stages.engines.base import Answer, EngineFailure, Request, SamplingSettings, ask
 from stages.engines.openai import OpenAIEngine, chat_url, read_answer, said
 from stages.recaption import Recaption, RecaptionSettings
 
@@ -49,8 +49,8 @@ def engine(*urls: str, **changes: object) -> OpenAIEngine:
     return OpenAIEngine(urls, **{**settings, **changes})
 
 
-def ask(web: Web, *prompts: str, **changes: object) -> list[object]:
-    return engine(web.url, **changes).generate([Request(p, 7) for p in prompts], SAMPLING)
+def pose(web: Web, *prompts: str, **changes: object) -> list[object]:
+    return ask(engine(web.url, **changes), [Request(p, 7) for p in prompts], SAMPLING)
 
 
 def test_the_request_says_what_the_settings_say() -> None:
@@ -63,8 +63,8 @@ def test_the_request_says_what_the_settings_say() -> None:
         request.reply(200, completion("A dog.", "length", 64))
 
     with Web(answer) as web:
-        (got,) = ask(web, "dog", key="hunter2", template_args={"enable_thinking": False})
-        ask(web, "dog")
+        (got,) = pose(web, "dog", key="hunter2", template_args={"enable_thinking": False})
+        pose(web, "dog")
     assert got == Answer("A dog.", 64, truncated=True)
     expected = {
         "model": "served",
@@ -91,7 +91,7 @@ def test_answers_stand_in_the_order_of_the_requests() -> None:
 
     prompts = [str(i) for i in range(30)]
     with Web(answer) as web:
-        answers = ask(web, *prompts)
+        answers = pose(web, *prompts)
     assert [a.text for a in answers] == [f"re: {p}" for p in prompts]
 
 
@@ -110,7 +110,7 @@ def test_as_many_as_concurrency_at_once() -> None:
         echo(request)
 
     with Web(answer) as web:
-        answers = ask(web, *map(str, range(12)), concurrency=3)
+        answers = pose(web, *map(str, range(12)), concurrency=3)
     assert [a.text for a in answers] == [f"re: {i}" for i in range(12)]
     assert most == 3
 
@@ -153,7 +153,7 @@ def test_a_fault_costs_one_request_and_a_passing_one_none(fault: str) -> None:
             echo(request)
 
     with Web(answer) as web:
-        fine, doomed, once = ask(
+        fine, doomed, once = pose(
             web, "fine", "doomed", "once", timeout=0.5 if fault == "slow" else 20.0
         )
     assert fine.text == "re: fine"
@@ -165,7 +165,7 @@ def test_a_fault_costs_one_request_and_a_passing_one_none(fault: str) -> None:
 
 def test_the_servers_own_words_are_told() -> None:
     with Web(lambda r: r.reply(400, b'{"error": {"message": "prompt is\\ntoo long"}}')) as web:
-        (failure,) = ask(web, "dog")
+        (failure,) = pose(web, "dog")
     assert failure.message.endswith("prompt is too long")
     assert said(b'{"detail": "x"}') == '{"detail": "x"}'
     assert said(b"\xff" * 900).__len__() == 300
@@ -173,11 +173,11 @@ def test_the_servers_own_words_are_told() -> None:
 
 def test_endpoints_take_turns_and_stand_in_for_each_other() -> None:
     with Web(echo) as a, Web(echo) as b:
-        both = engine(a.url, b.url).generate([Request(str(i), 0) for i in range(10)], SAMPLING)
+        both = ask(engine(a.url, b.url), [Request(str(i), 0) for i in range(10)], SAMPLING)
         assert (len(a.requests), len(b.requests)) == (5, 5)
     assert all(isinstance(x, Answer) for x in both)
     with Web(echo) as alive:
-        half = engine(a.url, alive.url).generate([Request(str(i), 0) for i in range(6)], SAMPLING)
+        half = ask(engine(a.url, alive.url), [Request(str(i), 0) for i in range(6)], SAMPLING)
     assert [x.text for x in half] == [f"re: {i}" for i in range(6)]
 
 
@@ -209,9 +209,9 @@ def test_a_refused_key_stops_the_stage_until_it_is_taken() -> None:
     with Web(answer) as web:
         made = engine(web.url)
         with pytest.raises(StageError, match=r"http_401.*no such key"):
-            made.generate(requests, SAMPLING)
+            ask(made, requests, SAMPLING)
         taken = True
-        assert [a.text for a in made.generate(requests, SAMPLING)] == ["re: 0", "re: 1", "re: 2"]
+        assert [a.text for a in ask(made, requests, SAMPLING)] == ["re: 0", "re: 1", "re: 2"]
 
 
 def test_a_server_that_is_down_is_not_waited_for_again() -> None:
@@ -224,10 +224,10 @@ def test_a_server_that_is_down_is_not_waited_for_again() -> None:
     with Web(answer) as web:
         made = engine(web.url)
         with pytest.raises(StageError, match="no such model"):
-            made.generate([Request(str(i), 0) for i in range(3)], SAMPLING)
-        (failure,) = made.generate([Request("x", 0)], SAMPLING)
+            ask(made, [Request(str(i), 0) for i in range(3)], SAMPLING)
+        (failure,) = ask(made, [Request("x", 0)], SAMPLING)
         assert (failure.error, len(asked)) == ("http_503", 4), "one try"
-        made.generate([Request("x", 0)], SAMPLING)
+        ask(made, [Request("x", 0)], SAMPLING)
         assert len(asked) == 7, "it answers, if only so: three tries"
 
 

@@ -11,7 +11,7 @@ import torch
 
 import stages
 from stages.base import Context, StageError
-from stages.engines.base import EngineFailure, Request, SamplingSettings
+from stages.engines.base import EngineFailure, Request, SamplingSettings, ask
 from stages.engines.transformers import GumbelChoice, TransformersEngine
 from stages.models import DEMO
 from stages.recaption import Recaption, RecaptionSettings
@@ -79,9 +79,9 @@ def requests(prompts: list[str] = PROMPTS) -> list[Request]:
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_the_batch_and_the_order_change_no_answer(folder: Path, sampling: SamplingSettings) -> None:
-    alone = engine(folder, batch=1).generate(requests(), sampling)
-    together = engine(folder, batch=8).generate(requests(), sampling)
-    backwards = engine(folder, batch=5).generate(requests(PROMPTS[::-1]), sampling)
+    alone = ask(engine(folder, batch=1), requests(), sampling)
+    together = ask(engine(folder, batch=8), requests(), sampling)
+    backwards = ask(engine(folder, batch=5), requests(PROMPTS[::-1]), sampling)
     assert alone == together == backwards[::-1]
     assert len({a.text for a in alone}) > 6
 
@@ -100,13 +100,13 @@ def test_greedy_answers_are_the_argmax_of_the_bare_model(folder: Path) -> None:
             if token.item() == 0:
                 break
     expected = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-    (answer,) = engine(folder).generate([Request(PROMPTS[4], 1)], GREEDY)
+    (answer,) = ask(engine(folder), [Request(PROMPTS[4], 1)], GREEDY)
     assert answer.text == expected
 
 
 def test_the_seed_decides_a_sample(folder: Path) -> None:
     tiny = engine(folder)
-    texts = [tiny.generate([Request("dog", s)], SAMPLED)[0].text for s in (1, 1, 2, 3)]
+    texts = [ask(tiny, [Request("dog", s)], SAMPLED)[0].text for s in (1, 1, 2, 3)]
     assert texts[0] == texts[1]
     assert len(set(texts)) == 3
 
@@ -123,14 +123,14 @@ def test_samples_follow_the_models_distribution() -> None:
 
 def test_an_answer_ends_at_the_models_end_token(folder: Path) -> None:
     tiny = engine(folder)
-    (cut,) = tiny.generate([Request("dog", 0)], GREEDY)
+    (cut,) = ask(tiny, [Request("dog", 0)], GREEDY)
     assert cut.truncated
     assert cut.tokens == GREEDY.max_tokens
     # The third token of that very answer is made the end token.
     ids = tiny._tokenizer(cut.text).input_ids
     third = next(t for t in ids[2:] if t not in ids[:2])
     tiny._eos = [third]
-    (ended,) = tiny.generate([Request("dog", 0)], GREEDY)
+    (ended,) = ask(tiny, [Request("dog", 0)], GREEDY)
     assert not ended.truncated
     assert ended.tokens < GREEDY.max_tokens
     assert cut.text.startswith(ended.text)
@@ -138,16 +138,16 @@ def test_an_answer_ends_at_the_models_end_token(folder: Path) -> None:
 
 def test_a_prompt_that_is_too_long_fails_alone(folder: Path) -> None:
     long = Request("dog cat " * 200, 0)
-    first, failed, last = engine(folder).generate([*requests()[:1], long, *requests()[1:2]], GREEDY)
+    first, failed, last = ask(engine(folder), [*requests()[:1], long, *requests()[1:2]], GREEDY)
     assert isinstance(failed, EngineFailure)
     assert failed.error == "prompt_too_long"
     assert "128" in failed.message
-    assert [first, last] == engine(folder).generate(requests()[:2], GREEDY)
+    assert [first, last] == ask(engine(folder), requests()[:2], GREEDY)
 
 
 def test_out_of_memory_halves_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = engine(folder)
-    expected = tiny.generate(requests(), GREEDY)
+    expected = ask(tiny, requests(), GREEDY)
     forward, sizes = tiny._forward, []
 
     def small_memory(prompts: list[list[int]], *rest: Any) -> Any:
@@ -157,7 +157,7 @@ def test_out_of_memory_halves_the_batch(folder: Path, monkeypatch: pytest.Monkey
         return forward(prompts, *rest)
 
     monkeypatch.setattr(tiny, "_forward", small_memory)
-    assert tiny.generate(requests(), GREEDY) == expected
+    assert ask(tiny, requests(), GREEDY) == expected
     assert sizes[:3] == [8, 4, 2]
 
 
@@ -168,12 +168,12 @@ def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
 
 def test_the_chat_template_is_used_where_there_is_one(folder: Path) -> None:
     tiny = engine(folder)
-    bare = tiny.generate([Request("dog", 0)], GREEDY)
+    bare = ask(tiny, [Request("dog", 0)], GREEDY)
     tiny._tokenizer.chat_template = "{{ messages[0]['content'] }}{% if loud %} runs{% endif %}"
-    assert tiny.generate([Request("dog", 0)], GREEDY) == bare
+    assert ask(tiny, [Request("dog", 0)], GREEDY) == bare
     tiny._template_args = {"loud": True}
-    assert tiny.generate([Request("dog", 0)], GREEDY) == engine(folder).generate(
-        [Request("dog runs", 0)], GREEDY
+    assert ask(tiny, [Request("dog", 0)], GREEDY) == ask(
+        engine(folder), [Request("dog runs", 0)], GREEDY
     )
 
 

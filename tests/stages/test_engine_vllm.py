@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import stages
 from stages.base import Context, StageError
 from stages.demo.shapes import caption, named, scene
-from stages.engines.base import Answer, EngineFailure, Request, SamplingSettings
+from stages.engines.base import Answer, EngineFailure, Request, SamplingSettings, ask
 from stages.engines.vllm import VllmEngine
 from stages.recaption import Recaption, RecaptionSettings
 
@@ -42,7 +44,7 @@ def test_vllm_rewrites_through_the_stage(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(named(o["recaption"]) == f for o, f in zip(outcomes, facts)) >= 15
     assert not any(o["recaption_truncated"] for o in outcomes)
     requests = [Request("x " * 2000, 1), Request(rows[0]["caption"], 1)]
-    failed, cut = engine.generate(requests, SamplingSettings(max_tokens=2))
+    failed, cut = ask(engine, requests, SamplingSettings(max_tokens=2))
     assert isinstance(failed, EngineFailure)
     assert failed.error == "prompt_too_long"
     assert (cut.tokens, cut.truncated) == (2, True)
@@ -58,36 +60,75 @@ class Letters:
         return SimpleNamespace(input_ids=[ord(c) for c in text])
 
 
+class Dead(Exception):
+    """As vllm.v1.engine.exceptions.EngineDeadError."""
+
+
 class StandIn:
-    """The part of vllm.LLM that is used: `get_tokenizer` and `generate`."""
+    """The part of vllm.LLM that is used: the tokenizer and the engine, which answers one request a
+    step, the last first. A prompt with `die` in it kills the engine; `mortal` ones that often."""
+
+    started = 0
+    mortal = 10**9
+    most = 0  # that it ever held
 
     def __init__(self, model: str, **settings: Any) -> None:
         if "nonsense" in settings:
             raise TypeError("unexpected keyword argument 'nonsense'")
+        StandIn.started += 1
         self.settings = settings
+        self.llm_engine = self
+        seats = SimpleNamespace(max_num_seqs=settings.get("max_num_seqs", 4))
+        self.vllm_config = SimpleNamespace(scheduler_config=seats)
+        self.held: list[tuple[str, list[int], Any]] = []
 
     def get_tokenizer(self) -> Letters:
         return Letters()
 
-    def generate(
-        self, prompts: list[dict[str, list[int]]], sampling_params: list[Any], use_tqdm: bool
-    ) -> list[SimpleNamespace]:
-        outputs = []
-        for prompt, how in zip(prompts, sampling_params, strict=True):
-            tokens = prompt["prompt_token_ids"][: how.max_tokens]
-            text = "".join(map(chr, tokens)) + f"/{how.seed}"
-            reason = "length" if len(tokens) == how.max_tokens else "stop"
-            output = SimpleNamespace(text=text, token_ids=tokens, finish_reason=reason)
-            outputs.append(SimpleNamespace(outputs=[output]))
-        return outputs
+    def add_request(self, name: str, prompt: dict[str, list[int]], how: Any) -> None:
+        self.held.append((name, prompt["prompt_token_ids"], how))
+        StandIn.most = max(StandIn.most, len(self.held))
+
+    def abort_request(self, names: list[str]) -> None:
+        self.held = [one for one in self.held if one[0] not in names]
+
+    def step(self) -> list[SimpleNamespace]:
+        if StandIn.mortal and any("die" in "".join(map(chr, one[1])) for one in self.held):
+            StandIn.mortal -= 1
+            raise Dead("it is no more")
+        name, prompt, how = self.held.pop()
+        tokens = prompt[: how.max_tokens]
+        reason = "length" if len(tokens) == how.max_tokens else "stop"
+        text = "".join(map(chr, tokens)) + f"/{how.seed}"
+        output = SimpleNamespace(text=text, token_ids=tokens, finish_reason=reason)
+        facts = {"prompt_token_ids": prompt, "num_cached_tokens": 1, "finished": True}
+        return [SimpleNamespace(request_id=name, outputs=[output], **facts)]
 
 
-def test_our_side_of_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("vllm")
-    module.LLM = StandIn
-    module.SamplingParams = SimpleNamespace
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    engine = VllmEngine("folder", "label", "auto", 20, {"max_num_seqs": 4, "seed": 3}, {})
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
+    modules = {
+        "vllm": {"LLM": StandIn, "SamplingParams": SimpleNamespace},
+        "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(FINAL_ONLY=2)},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.exceptions": {"EngineDeadError": Dead},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    for name, value in (("started", 0), ("mortal", 10**9), ("most", 0)):
+        monkeypatch.setattr(StandIn, name, value)
+    return StandIn
+
+
+def small(**args: Any) -> VllmEngine:
+    return VllmEngine("folder", "label", "auto", 20, args, {})
+
+
+def test_our_side_of_the_interface(stand_in: type[StandIn]) -> None:
+    engine = small(max_num_seqs=4, seed=3)
     assert engine._llm.settings == {
         "dtype": "auto",
         "max_model_len": 20,
@@ -96,9 +137,62 @@ def test_our_side_of_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_num_seqs": 4,
     }
     requests = [Request("x" * 16, 1), Request("dog", 2), Request("y" * 99, 3), Request("house", 4)]
-    long, dog, longer, house = engine.generate(requests, SamplingSettings(max_tokens=5))
+    long, dog, longer, house = ask(engine, requests, SamplingSettings(max_tokens=5))
     assert [long.error, longer.error] == ["prompt_too_long"] * 2
-    assert dog == Answer("dog/2", 3, truncated=False)
-    assert house == Answer("house/4", 5, truncated=True)
+    assert dog == Answer("dog/2", 3, False, prompt_tokens=3, cached_tokens=1)
+    assert house == Answer("house/4", 5, True, prompt_tokens=5, cached_tokens=1)
     with pytest.raises(StageError, match="nonsense"):
-        VllmEngine("folder", "label", "auto", 20, {"nonsense": 1}, {})
+        small(nonsense=1)
+
+
+def test_requests_are_taken_while_others_run(stand_in: type[StandIn]) -> None:
+    engine = small(max_num_seqs=4)
+    taken: list[int] = []
+
+    def requests() -> Iterator[tuple[int, Request]]:
+        for number in range(40):
+            taken.append(number)
+            yield number, Request("dog", number)
+
+    numbers = []
+    with closing(engine.stream(requests(), SamplingSettings(max_tokens=5))) as answers:
+        for number, _ in answers:
+            numbers.append(number)
+            assert len(taken) - len(numbers) <= 5
+    assert sorted(numbers) == list(range(40))
+    assert stand_in.most == 5, "four run, and one waits"
+
+
+def test_who_gives_up_leaves_nothing_in_the_engine(stand_in: type[StandIn]) -> None:
+    engine = small(max_num_seqs=4)
+    answers = engine.stream(iter(enumerate([Request("dog", 1)] * 9)), SamplingSettings(5))
+    next(answers)
+    answers.close()
+    assert engine._llm.held == []
+    assert len(ask(engine, [Request("cat", 1)] * 9, SamplingSettings(5))) == 9
+
+
+def test_a_death_of_the_engine_costs_no_request(stand_in: type[StandIn]) -> None:
+    stand_in.mortal = 1
+    prompts = ["dog", "die", *["cat"] * 10]
+    results = ask(small(), [Request(p, 1) for p in prompts], SamplingSettings(5))
+    assert [r.text for r in results] == [f"{p}/1" for p in prompts]
+    assert stand_in.started == 2
+
+
+def test_a_request_that_kills_the_engine_fails_alone(stand_in: type[StandIn]) -> None:
+    prompts = ["dog", *["cat"] * 5, "die", *["cat"] * 10]
+    results = ask(small(), [Request(p, 1) for p in prompts], SamplingSettings(5))
+    assert [r.error for r in results if isinstance(r, EngineFailure)] == ["killed_engine"]
+    assert isinstance(results[6], EngineFailure)
+    assert stand_in.started == 4
+
+
+def test_an_engine_that_only_dies_is_given_up(stand_in: type[StandIn]) -> None:
+    engine = small()
+    with pytest.raises(StageError, match="died 4 times without an answer between"):
+        list(engine.stream(iter(enumerate([Request("die", 1)] * 9)), SamplingSettings(5)))
+    before = stand_in.started
+    with pytest.raises(StageError, match="died 4 times"):
+        ask(engine, [Request("dog", 1)], SamplingSettings(5))
+    assert stand_in.started == before, "not started again for the next unit"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Generator
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +9,14 @@ import pytest
 from pydantic import ValidationError
 
 from stages.base import Context, Failed, Rejected, StageError
-from stages.engines.base import Answer, EngineFailure, Request, Result, SamplingSettings
+from stages.engines.base import (
+    Answer,
+    EngineFailure,
+    Request,
+    Requests,
+    Result,
+    SamplingSettings,
+)
 from stages.recaption import Recaption, RecaptionSettings, Template, clean, seed_of
 
 CONTEXT = Context("/work")
@@ -25,9 +32,15 @@ class Echo:
         self.answers = answers
         self.asked: list[list[Request]] = []
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
-        self.asked.append(list(requests))
-        return [self.answers.get(r.prompt, Answer(r.prompt, 3, False)) for r in requests]
+    def stream(
+        self, requests: Requests, sampling: SamplingSettings
+    ) -> Generator[tuple[int, Result]]:
+        self.asked.append([])
+        for one in requests:
+            assert one is not None
+            number, request = one
+            self.asked[-1].append(request)
+            yield number, self.answers.get(request.prompt, Answer(request.prompt, 3, False, 7))
 
     def close(self) -> None:
         """Holds nothing."""
@@ -135,6 +148,7 @@ def test_outcomes_stand_in_the_place_of_their_rows() -> None:
         "recaption_model": "echo@1",
         "recaption_prompt": stage.identity()["template"],
         "recaption_tokens": 3,
+        "recaption_prompt_tokens": 7,
         "recaption_truncated": False,
     }
     assert [type(none), none.reason, empty.reason] == [Rejected, "empty_caption", "empty_caption"]
@@ -149,7 +163,7 @@ def test_without_a_caption_the_engine_is_not_asked() -> None:
     engine = Echo()
     (outcome,) = make().process([{"clip_id": "a", "caption": ""}], engine)
     assert outcome.reason == "empty_caption"
-    assert engine.asked == []
+    assert engine.asked == [[]]
 
 
 def test_each_clip_has_its_own_seed() -> None:
