@@ -22,7 +22,8 @@ _COMMON = (
     "which what when where while during after before about above below between through across "
     "along around behind beside near toward towards against very more most some any each every "
     "both all one other another such also just only too video clip footage scene shot camera "
-    "caption shows showing shown"
+    "caption shows showing shown i'm i've can't cannot don't won't it's that's there's isn't "
+    "aren't doesn't didn't couldn't wasn't"
 )
 _FUNCTION = frozenset(_COMMON.split())
 
@@ -64,9 +65,8 @@ def stem(word: str) -> str:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             word = word[: -len(ending)]
             break
-    if len(word) > 3 and word[-1] == word[-2]:
-        word = word[:-1]
-    return word.rstrip("ey") if len(word) > 3 else word
+    word = word.rstrip("ey") if len(word) > 3 else word
+    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
 
 
 def content(text: str) -> set[str]:
@@ -74,7 +74,7 @@ def content(text: str) -> set[str]:
     return {
         stem(w)
         for w in words(text)
-        if w.lower() not in _FUNCTION
+        if w.lower().replace("’", "'") not in _FUNCTION
         and (len(w) > 2 or w.isdigit() or w.isupper() or not w.isascii())
     }
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-
 from planted import Planted, planted
+
 from stages.captions.quality import Checked, QualitySettings, examine
-from stages.recaption import clean
+from stages.captions.verdict import clean
 
 ALL = planted()
 GOOD = [p for p in ALL if p.fault == "good"]
