@@ -10,12 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from manifests.shards import CAPTIONS
 from stages.base import Failed, Outcome, Rejected, Row
 from stages.captions.prompt import Prompt
 from stages.captions.quality import FLAGS, Checked, QualitySettings, examine
 from stages.engines.base import Answer
-
-CAPTIONS = pa.list_(pa.struct([pa.field("kind", pa.string()), pa.field("text", pa.string())]))
 
 # Columns of recaption that speak of quality. The numbers are the last answer's.
 COLUMNS = (
