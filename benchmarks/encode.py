@@ -61,17 +61,19 @@ def compared(made: dag.Pipeline, args: argparse.Namespace) -> list[tuple[str, st
         for path in sorted(Path(made.config.base, "videos").iterdir())
     ]
     walls: dict[str, list[float]] = {"bare": [], "stage": []}
+    cpu: dict[str, list[float]] = {"bare": [], "stage": []}  # of the thread that the VAE runs in
     busy = []
     bare(clips[: args.batch], model, args.batch)  # what is set up at the first call
     for number in range(args.rounds):
         for which in ("bare", "stage") if number % 2 else ("stage", "bare"):
-            began = time.perf_counter()
+            began, before = time.perf_counter(), time.thread_time()
             if which == "bare":
                 bare(clips, model, args.batch)
             else:
                 seconds = staged(made, stage, model)
                 busy.append(1 - seconds["wait"] / (time.perf_counter() - began))
             walls[which].append(time.perf_counter() - began)
+            cpu[which].append(time.thread_time() - before)
     rates = {which: len(clips) / min(each) for which, each in walls.items()}
     size = made.config.sampling.size
     return [

@@ -53,7 +53,7 @@ from manifests.sources import SourceSettings, extras_schema, read_tables, resolv
 from manifests.store import Store, StoreError
 from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer, tally
 
-MIN_UNIT, MAX_UNIT = 4, 8192
+MIN_UNIT, MAX_UNIT = 64, 8192
 SCANS = "source/scans"
 BEGUN = "begun-"
 _ROWS = 1 << 16  # rows that are judged and spilled at once
@@ -84,11 +84,10 @@ def source_log(store: Store) -> Log:
 
 
 def unit_size(rows: int) -> int:
-    """Rows of a unit, for `rows` new ones: enough units to spread over workers and to lose little
-    in a crash, few enough that each is a worthwhile piece of work."""
-    if rows <= 512:
-        return max(MIN_UNIT, min(64, -(-rows // 8)))
-    return max(64, min(MAX_UNIT, rows // 64))
+    """Rows of a unit, for `rows` new ones: many, as each costs a few files a stage, and a worker's
+    model waits where one begins. Workers share units by parts, and slow work is committed within
+    them."""
+    return max(MIN_UNIT, min(MAX_UNIT, rows // 16))
 
 
 def source_signature(settings: SourceSettings) -> str:

@@ -59,9 +59,10 @@ def describe(counts: Counts) -> str:
 
 def at_work(seconds: Mapping[str, float]) -> str:
     """`, model at work 96% of the time`, where a stage tells how long its model waited."""
-    if "wait" not in seconds:
+    spent = seconds.get("process", 0.0) + seconds.get("commit", 0.0)
+    if "wait" not in seconds or not spent:  # the last of what raised is not told
         return ""
-    share = 1 - seconds["wait"] / max(1e-9, seconds["process"] + seconds.get("commit", 0.0))
+    share = max(0.0, 1 - seconds["wait"] / spent)
     return f", model at work {share:.0%} of the time"
 
 

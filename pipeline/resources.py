@@ -21,7 +21,7 @@ AnyStage = Stage[Any, Any]
 GIB = 1 << 30
 # Where models are at work units travel in parts of so many rows, at least and at most: few enough
 # to keep all workers at work, and many, as a part's beginning and end leave its model waiting.
-PART_ROWS = (256, 2048)
+PART_ROWS = (16, 2048)
 # Units or parts that each worker gets at least, where there are enough: the last ones end together.
 ROUNDS = 4
 # Of all cores, for the workers that have a GPU.

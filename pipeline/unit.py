@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,12 +27,13 @@ from manifests.store import Store
 from manifests.view import Dag, UnitView
 from pipeline.settle import AnyStage, StageBug, counted, settle
 from pipeline.workers.watch import UNWATCHED, Places, Watch, lanes
-from stages.base import StageError, spending
+from stages.base import StageError, alive, spending
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
 # And at least so often, so that a crash costs no more than this of a slow stage's work.
 COMMIT_SECONDS = 60.0
+SIGN_OF_LIFE = 1.0  # seconds between two of them while a commit is waited for
 EVERY_CLASS = "all"
 
 Part = tuple[int, int]  # of a unit's clips: number, of how many
@@ -273,6 +274,9 @@ class _Committer:
     def _wait(self) -> None:
         if self._running is not None:
             running, self._running = self._running, None
+            # A slow store says nothing of the clips in flight: they are not to be blamed for it.
+            while not wait([running], SIGN_OF_LIFE).done:
+                alive()
             self._view = running.result()
 
     def _commit(self, done: list[pa.Table], counts: Counts, seconds: dict[str, float]) -> UnitView:

@@ -173,7 +173,7 @@ class Embed(Stage[EmbedSettings, TextEncoder]):
             padding=s.padding,
             dtype=s.dtype,
             width=model.kind.width,
-            empty_tokens=model.tokens(""),
+            empty_tokens=model.empty_tokens,
         )
         return {"spec": spec.to_json()}
 
@@ -181,6 +181,8 @@ class Embed(Stage[EmbedSettings, TextEncoder]):
         # Where there is no caption a model is trained without one: on the empty caption's.
         captions = [row[self.column] or "" for row in rows]
         empty, *texts = model.encode(["", *captions])
+        if isinstance(empty, Failed):  # a file without the empty caption's is of no use
+            return [empty] * len(rows)
         encoder = self.encoder()
         bearers: set[str] = set()
         outcomes: list[Outcome] = []
@@ -191,7 +193,7 @@ class Embed(Stage[EmbedSettings, TextEncoder]):
             made = self._row(key_of(caption, encoder), text)
             if caption not in bearers:
                 made |= {"embedding": text.values, "embedding_pooled": text.pooled}
-            if not bearers and isinstance(empty, Text):
+            if not bearers:
                 made["embedding_empty"] = empty.values
             bearers.add(caption)
             outcomes.append(made)

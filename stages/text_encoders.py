@@ -32,6 +32,10 @@ CLASSES = {
     "clip": "CLIPTextModel",
 }
 PROJECTING = "CLIPTextModelWithProjection"
+NOT_FINITE = (
+    "the text encoder gave numbers that are not finite, as T5's do in float16: set embed.dtype to "
+    "bfloat16 or float32"
+)
 _BROKEN = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError)
 
 
@@ -136,14 +140,14 @@ class TextEncoder:
         self._halving = Halving()
         self._kept = _Recent(remember)
         self.encoded = 0  # captions that went through the encoder
-
-    def tokens(self, caption: str) -> int:
-        """How many tokens of a caption are encoded."""
-        return min(len(self._tokenizer(caption)["input_ids"]), self._max_length)
+        # Told to whoever commits, in another thread: a tokenizer keeps its settings between calls
+        # (whether to cut), so no two threads may use it.
+        self.empty_tokens = min(len(self._tokenizer("")["input_ids"]), max_length)
 
     def encode(self, captions: Sequence[str]) -> list[Text | Failed]:
         """One embedding per caption, in order; each distinct one is encoded once. Failed for a
-        caption that the device's memory does not hold, alone."""
+        caption that the device's memory does not hold, alone, and for one whose embedding is not
+        finite."""
         distinct = list(dict.fromkeys(captions))
         found: dict[str, Text | Failed] = {c: t for c in distinct if (t := self._kept.get(c))}
         for caption, text in self._encode([c for c in distinct if c not in found]):
@@ -153,6 +157,8 @@ class TextEncoder:
         return [found[caption] for caption in captions]
 
     def _encode(self, captions: Sequence[str]) -> Iterator[tuple[str, Text | Failed]]:
+        import torch
+
         if not captions:
             return
         whole = self._tokenizer(list(captions), add_special_tokens=True)["input_ids"]
@@ -171,6 +177,9 @@ class TextEncoder:
                 yield captions[i], result
                 continue
             values, pooled = result
+            if not torch.isfinite(values).all():
+                yield captions[i], Failed("not_finite", NOT_FINITE)
+                continue
             text = Text(
                 raw_bytes(values),
                 (values.shape[0], values.shape[1]),

@@ -7,6 +7,7 @@ a way to write one. Which of them are written, and when, is `pipeline.export.exp
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -308,12 +309,25 @@ def save(value: Any, path: Path) -> None:
     """What `torch.load(weights_only=True)` reads: tensors, numbers, dictionaries."""
     import torch
 
-    with path.open("wb") as file:
-        torch.save(value, file)
+    # In memory first: torch has no word for a disk that is full.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """A file of safetensors."""
+    from safetensors.torch import save as as_bytes
+
+    # Not by its own `save_file`, which makes files that nobody else may read.
+    path.write_bytes(as_bytes(tensors, metadata))
 
 
 def bring(source: str, path: Path, copy: bool) -> None:
     """The video as `path`: a hard link, a symbolic one where that can't be, or a copy."""
+    source = os.path.realpath(source)  # a link of a relative link would lead nowhere
     if not copy:
         for link in (os.link, os.symlink):
             try:

@@ -19,6 +19,7 @@ from pipeline.export.base import (
     Wants,
     bring,
     pixels,
+    save_tensors,
 )
 from pipeline.export.cogvideox_factory import video_name, video_path
 
@@ -48,16 +49,14 @@ class CogVideo(Target):
             yield Item(text, ("text",), (entry,), self.layout)
 
     def write(self, item: Item, clips: Iterator[Clip], path: Path) -> None:
-        from safetensors.torch import save_file
-
         (clip,) = clips
         if "video" in item.kinds:
             bring(video_path(clip.entry), path, self.options.copy)
         elif "latents" in item.kinds:
             values = self.latents(clip, clip.normalised(clip.sample))
-            save_file({"encoded_video": values}, path)
+            save_tensors({"encoded_video": values}, path)
         else:
-            save_file({"prompt_embedding": self.text(clip, clip.embedding)}, path)
+            save_tensors({"prompt_embedding": self.text(clip, clip.embedding)}, path)
 
     def lists(self, entries: Iterable[Entry]) -> Mapping[str, Iterable[str]]:
         known = list(entries)

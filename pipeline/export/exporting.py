@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,6 +82,8 @@ def export(
     """
     if "://" in out:
         raise ExportError(f"an export can't go to {out}: name a local folder")
+    if "encode" not in pipeline.stages:
+        raise ExportError("there is no encode stage: `encode.enabled` is false")
     folder = Path(out).absolute()
     training_index.refresh(pipeline)
     if not pipeline.store.exists(training_index.INDEX_NAME):
@@ -128,7 +131,7 @@ class _Export:
                 for name in self._ledger.unwanted():
                     self._remove(name)
             return self._summary
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
             raise unusable(error, "write", str(self._folder)) from error
         finally:
             self._ledger.close()
@@ -225,6 +228,8 @@ class _Export:
                 self._summary.kept += item.name not in stale
             else:
                 stale[item.name] = item
+        if stale:
+            self._ledger.forget(stale)
         alone: dict[str, list[Item]] = {}
         for item in stale.values():
             if len(item.entries) == 1:

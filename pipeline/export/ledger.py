@@ -3,6 +3,7 @@ is new or another, and removes what is no more."""
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -53,7 +54,8 @@ class Ledger:
             raise ExportError(f"{folder / NAME} can't be used: {error}") from error
 
     def close(self) -> None:
-        self._database.commit()
+        with contextlib.suppress(sqlite3.Error):  # on a full disk: what was noted is written again
+            self._database.commit()
         self._database.close()
 
     def commit(self) -> None:
@@ -79,6 +81,13 @@ class Ledger:
     def put(self, name: str, state: str, size: int) -> None:
         row = (name, state, size, self._run)
         self._database.execute("REPLACE INTO file VALUES (?, ?, ?, ?)", row)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """These files are about to be written anew: if a crash comes between, what was noted of
+        them holds no more."""
+        given = ((name,) for name in names)
+        self._database.executemany("UPDATE file SET state = '' WHERE name = ?", given)
+        self._database.commit()
 
     def unwanted(self) -> Iterator[str]:
         """The files that this run neither wrote nor found in place; they are forgotten."""

@@ -20,6 +20,7 @@ from pipeline.export.base import (
     Target,
     Wants,
     pixels,
+    save_tensors,
 )
 
 if TYPE_CHECKING:
@@ -94,6 +95,4 @@ def _name(values: torch.Tensor) -> str:
 
 
 def _save(path: Path, key: str, values: torch.Tensor, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    save_file({key: values}, path, metadata=metadata)
+    save_tensors({key: values}, path, metadata)

@@ -82,7 +82,7 @@ def test_the_same_manifest_as_the_loop(
 
 def test_an_exception_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     captions = ["crash", "a", "b", "c", "d e", "f g h", "i", "j"]
-    made = pipeline(tmp_path, captions, run={"runner": "ray"})
+    made = pipeline(tmp_path, captions, run={"runner": "ray", "unit_size": 4})
     result = run(made, (), Retry(), Reporter())
     assert [(r.stage, r.error) for r in result.faults] == [
         ("length", "ZeroDivisionError: a fault of the stage")

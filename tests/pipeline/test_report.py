@@ -45,6 +45,14 @@ def test_a_live_line_a_stage_on_a_terminal(tmp_path: Path) -> None:
     assert "unit" in text and "raised ZeroDivisionError: a fault of the stage" in text
 
 
+def test_a_stage_that_raised_was_not_less_than_never_at_work() -> None:
+    assert reports.at_work({"process": 3.0, "commit": 1.0, "wait": 1.0}).endswith(
+        " 75% of the time"
+    )
+    assert reports.at_work({"process": 1.0, "wait": 2.0}).endswith(" 0% of the time")
+    assert reports.at_work({"read": 1.0, "wait": 2.0}) == ""
+
+
 def test_long_work_is_told_every_few_seconds_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

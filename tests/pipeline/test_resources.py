@@ -98,10 +98,11 @@ def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("actors", "count", "units", "rows", "parts"),
     [
-        (True, 8, 1, 1000, 4),  # not below 256 rows
-        (True, 8, 122, 8192, 4),  # 1M rows: nor above 2048
+        (True, 2, 1, 48, 3),  # not below 16 rows
+        (True, 8, 1, 1000, 33),
+        (True, 8, 122, 8192, 4),  # 1M rows: nor above 2048 rows
         (True, 100, 122, 8192, 4),
-        (True, 100, 12, 8192, 32),
+        (True, 100, 12, 8192, 34),
         (False, 2, 1, 8192, 8),  # none is without work
         (False, 2, 100, 8192, 1),  # and no more than that
     ],

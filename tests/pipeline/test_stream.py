@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry, run_unit
 from pipeline.workers.watch import Watch
+from stages import base
 from stages.base import Outcome, spent
 
 
@@ -142,6 +144,24 @@ def test_commits_run_beside_the_next_batches(
     assert [c.rows for c in commits] == [1] * 6
     assert [c.counts.pending for c in commits] == [5, 4, 3, 2, 1, 0]
     assert watch.commits == 6
+
+
+class SlowlyCommitted(Length):
+    def metadata(self, model: None) -> dict[str, Any]:
+        time.sleep(0.1)
+        return {}
+
+
+def test_a_slow_commit_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows may be in flight meanwhile, which a time limit would blame."""
+    monkeypatch.setattr(unit, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(unit, "SIGN_OF_LIFE", 0.01)
+    heard: list[None] = []
+    monkeypatch.setattr(base, "_listener", lambda: heard.append(None))
+    made = pipeline(tmp_path, ["a", "b"], [SlowlyCommitted], {"length": {"batch_size": 1}})
+    stage = made.stages["length"]
+    receipt = run_unit(made.store, made.dag, stage, stage.setup, only_unit(made))
+    assert receipt.counts.kept == 2 and heard
 
 
 class Waits(Length):

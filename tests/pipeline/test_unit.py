@@ -458,14 +458,14 @@ def test_a_run_of_many_units_leaves_a_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("manifests.log._LOOSE_COMMITS", 4)
-    made = pipeline(tmp_path, CAPTIONS * 5)
+    made = pipeline(tmp_path, CAPTIONS * 5, run={"unit_size": 4})
     go(made)
     loose = [n for n in made.store.find("") if n.endswith(".json") and "/scans/" not in n]
     status, table = planning.status(made), query.select(made, None)
     assert made.store.find("length/" + made.dag.layers["length"].fingerprint + "/snapshots")
     for name in loose:
         made.store.delete(name)
-    made = pipeline(tmp_path, CAPTIONS * 5)
+    made = pipeline(tmp_path, CAPTIONS * 5, run={"unit_size": 4})
     assert planning.status(made) == status
     assert query.select(made, None).equals(table)
     assert go(made)[0].settled == {}

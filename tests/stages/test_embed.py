@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from encoders import KINDS, ROOM, make
+from encoders import KINDS, ROOM, WORDS, make
 
 from stages.base import Context, Failed, StageError
 from stages.embed import Embed, EmbedSettings
@@ -250,6 +250,14 @@ def test_a_batch_that_does_not_fit_is_halved(t5: Path, monkeypatch: pytest.Monke
     assert isinstance(lost, Failed) and lost.error == "out_of_memory"
 
 
+def test_what_is_not_finite_is_told(t5: Path) -> None:
+    encoder = loaded(t5)
+    encoder._module.get_input_embeddings().weight[WORDS.split().index("dog") + 4] = torch.inf
+    sound, lost = encoder.encode(["the bird", "the dog"])
+    assert isinstance(sound, Text)
+    assert isinstance(lost, Failed) and lost.error == "not_finite"
+
+
 # ----------------------------------------------------------------------------- the stage
 
 
@@ -294,6 +302,27 @@ def test_rows_that_somebody_else_committed_leave_their_payload(t5: Path) -> None
     assert rest[0]["embedding_empty"] == rows["embedding_empty"][0].as_py() is not None
     nothing = made.packed(rows.slice(0, 0), rows)
     assert len(nothing) == 0 and nothing.schema == rows.schema
+
+
+def test_without_the_empty_captions_no_row_is_made(
+    t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stage(t5)
+    model = made.setup()
+    full = Failed("out_of_memory", "full")
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda captions: [full, *encode(captions[1:])])
+    assert made.process([{"caption": c} for c in CAPTIONS], model) == [full] * len(CAPTIONS)
+
+
+def test_the_file_is_told_about_without_the_tokenizer(
+    t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread commits, and a tokenizer that cuts for one thread does so for all."""
+    made = stage(t5)
+    model = made.setup()
+    monkeypatch.setattr(model, "_tokenizer", None)
+    assert made.metadata(model)["spec"]["empty_tokens"] == 1
 
 
 def test_pooled_vectors_go_with_their_embedding(tmp_path: Path) -> None:

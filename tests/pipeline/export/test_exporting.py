@@ -162,6 +162,85 @@ def test_an_export_that_broke_off_goes_on(
     assert set(files(out)) >= set(before)
 
 
+def test_a_crash_amid_files_of_the_same_length(
+    ltx: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was overwritten before a crash counts no more as what it was before."""
+    out, half, other = tmp_path / "out", Options("float16"), Options("bfloat16")
+    export(ltx.pipeline(), "ltx", str(out), half)
+    before = {name: data for name, (_, data) in files(out).items()}
+    place, close, placed = module._Export._place, Ledger.close, []
+
+    def crash(self: Any, *words: Any) -> int:
+        if len(placed) == 3:
+            raise KeyboardInterrupt
+        placed.append(words)
+        return place(self, *words)
+
+    def killed(self: Ledger) -> None:
+        self._database.rollback()  # noted and not kept yet
+        close(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Export, "_place", crash)
+        patched.setattr(Ledger, "close", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(ltx.pipeline(), "ltx", str(out), other)
+    export(ltx.pipeline(), "ltx", str(out), half)
+    assert {name: data for name, (_, data) in files(out).items()} == before
+
+
+@pytest.mark.parametrize(("vae", "target"), [("ltx", "ltx"), ("cogvideox", "cogvideo")])
+def test_a_full_disk_is_told(make: Make, tmp_path: Path, vae: str, target: str) -> None:
+    made = make(vae, "t5", "max_length")
+    (made.folder / "vidpipe.yaml").write_text(made.text)
+    code = (
+        "import resource, sys\n"
+        "from pipeline.export import exporting\n"
+        "from pipeline.cli import main\n"
+        "write = exporting._Export._write\n"
+        "def full(*words):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"
+        "    write(*words)\n"
+        "exporting._Export._write = full\n"
+        f"sys.argv = ['vidpipe', 'export', '--to', '{target}', '{tmp_path / 'out'}']\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=made.folder,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert "can't write" in done.stderr and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    made.run()
+    assert export(made.pipeline(), target, str(tmp_path / "out")).clips == 4
+
+
+def test_others_may_read_the_files(make: Make, tmp_path: Path) -> None:
+    made = make("cogvideox", "t5", "max_length")
+    export(made.pipeline(), "cogvideo", str(tmp_path / "out"))
+    (tmp_path / "plain").write_bytes(b"")
+    mode = (tmp_path / "plain").stat().st_mode
+    assert {f.stat().st_mode for f in (tmp_path / "out").rglob("*.safetensors")} == {mode}
+
+
+def test_videos_that_are_links(make: Make, tmp_path: Path) -> None:
+    made = make("sd")
+    (made.folder / "videos").rename(made.folder / "raw")
+    (made.folder / "videos").mkdir()
+    for n in range(len(CAPTIONS)):
+        (made.folder / "videos" / f"clip.{n}.mp4").symlink_to(f"../raw/clip.{n}.mp4")
+    made.run()
+    export(made.pipeline(), "diffusion-pipe", str(tmp_path / "out"))
+    for name, clip in made.ids().items():
+        video = tmp_path / "out" / "clips" / f"{clip}.mp4"
+        assert video.read_bytes() == (made.folder / "raw" / name).read_bytes()
+
+
 def test_folders_of_others_are_left_alone(ltx: Made, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -308,6 +387,9 @@ def test_nothing_to_export_is_told(make: Make, tmp_path: Path) -> None:
     made.run(none)
     with pytest.raises(ExportError, match="no clip is ready to export"):
         export(made.pipeline(none), "diffusion-pipe", str(tmp_path / "out"))
+    without = "encode.enabled=false"
+    with pytest.raises(ExportError, match=r"there is no encode stage: `encode\.enabled`"):
+        export(made.pipeline(without), "diffusion-pipe", str(tmp_path / "out"))
 
 
 def test_a_few_embeddings_are_in_memory_at_once(
