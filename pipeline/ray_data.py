@@ -238,6 +238,7 @@ def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, An
 
     def step(batch: dict[str, Any], worker: Runs) -> dict[str, Any]:
         rows = Counter("vidpipe_rows", "rows settled", tag_keys=("stage", "outcome"))
+        made = Counter("vidpipe_amounts", "what stages count: tokens", tag_keys=("stage", "what"))
 
         def on_rows(name: str, counts: Counts) -> None:
             tally.rows.remote(name, counts)
@@ -253,6 +254,8 @@ def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, An
                 number, parts = map(int, part)
                 receipt = worker.run(job, str(unit), driver, (number, parts))
                 tally.unit.remote(receipt, parts)
+                for what, n in receipt.amounts.items():
+                    made.inc(n, {"stage": receipt.stage, "what": what})
                 own = [asdict(receipt)] if receipt.error else []
             faults.append(json.dumps(json.loads(str(before)) + own))
         return {**batch, "faults": faults}

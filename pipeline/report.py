@@ -66,6 +66,16 @@ def at_work(seconds: Mapping[str, float]) -> str:
     return f", model at work {share:.0%} of the time"
 
 
+def tokens(amounts: Mapping[str, int], seconds: Mapping[str, float]) -> str:
+    """`, 812 tokens/s a worker, 73% of the prompts' tokens cached`, where a stage counts them."""
+    spent = seconds.get("process", 0.0) + seconds.get("commit", 0.0)
+    if not amounts.get("tokens") or not spent:
+        return ""
+    cached = amounts.get("cached_tokens", 0) / max(1, amounts.get("prompt_tokens", 0))
+    share = f", {cached:.0%} of the prompts' tokens cached" if cached else ""
+    return f", {amounts['tokens'] / spent:.0f} tokens/s a worker{share}"
+
+
 def _raised(receipt: Receipt, told: set[tuple[str, str]]) -> str | None:
     """What a unit raised, where no unit of that stage has raised the same before: a device that a
     worker lacks is met by every unit."""
@@ -87,6 +97,7 @@ class PlainReporter(Reporter):
         self._said: dict[str, float] = {}
         self._units: dict[str, int] = {}
         self._seconds: dict[str, Counter[str]] = {}
+        self._amounts: dict[str, Counter[str]] = {}
         self._raised: set[tuple[str, str]] = set()
 
     def start(self, stages: Mapping[str, StagePlan]) -> None:
@@ -110,8 +121,12 @@ class PlainReporter(Reporter):
                 self._write(raised)
             seconds = self._seconds.setdefault(receipt.stage, Counter())
             seconds.update(receipt.seconds)
+            amounts = self._amounts.setdefault(receipt.stage, Counter())
+            amounts.update(receipt.amounts)
             if plan and units == len(plan.units) and receipt.stage in self._done:
-                self._line(receipt.stage, time.monotonic(), at_work(seconds))
+                self._line(
+                    receipt.stage, time.monotonic(), at_work(seconds) + tokens(amounts, seconds)
+                )
                 self._said[receipt.stage] = math.inf  # that was its last line
 
     def note(self, text: str) -> None:
@@ -147,6 +162,7 @@ class LiveReporter(Reporter):
         self._done: dict[str, Counts] = {}
         self._units: dict[str, int] = {}
         self._seconds: dict[str, Counter[str]] = {}
+        self._amounts: dict[str, Counter[str]] = {}
         self._raised: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
@@ -207,11 +223,14 @@ class LiveReporter(Reporter):
             units = self._units[receipt.stage] = self._units.get(receipt.stage, 0) + 1
             seconds = self._seconds.setdefault(receipt.stage, Counter())
             seconds.update(receipt.seconds)
+            amounts = self._amounts.setdefault(receipt.stage, Counter())
+            amounts.update(receipt.amounts)
             if self._progress is not None and units == len(self._plans[receipt.stage].units):
                 done = self._done.get(receipt.stage, Counts()).total
                 task = self._tasks[receipt.stage]
                 self._progress.start_task(task)
-                outcomes = describe(self._done.get(receipt.stage, Counts())) + at_work(seconds)
+                outcomes = describe(self._done.get(receipt.stage, Counts()))
+                outcomes += at_work(seconds) + tokens(amounts, seconds)
                 done = max(1, done)
                 self._progress.update(task, total=done, completed=done, outcomes=outcomes)
 

@@ -43,17 +43,18 @@ class Tally:
 
     def unit(self, receipt: Receipt, parts: int) -> None:
         """A worker is through with one of the `parts` of a unit; told on once all of them are, with
-        the first error among them, and the seconds of all."""
+        the first error among them, and the seconds and amounts of all."""
         self._running -= 1
         through = self._parts.setdefault((receipt.stage, receipt.unit), [])
         through.append(receipt)
         if len(through) == parts:
             del self._parts[receipt.stage, receipt.unit]
-            seconds: Counter[str] = Counter()
+            seconds, amounts = Counter[str](), Counter[str]()
             for part in through:
                 seconds.update(part.seconds)
+                amounts.update(part.amounts)
             told = next((r for r in through if r.error), receipt)
-            self._units.append(replace(told, seconds=dict(seconds)))
+            self._units.append(replace(told, seconds=dict(seconds), amounts=dict(amounts)))
 
     def drain(self) -> tuple[list[tuple[str, Counts]], list[Receipt], list[str]]:
         drained = self._rows, self._units, self._notes

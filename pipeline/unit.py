@@ -27,7 +27,7 @@ from manifests.store import Store
 from manifests.view import Dag, UnitView
 from pipeline.settle import AnyStage, StageBug, counted, settle
 from pipeline.workers.watch import UNWATCHED, Places, Watch, lanes
-from stages.base import StageError, alive, spending
+from stages.base import StageError, alive, counting, spending
 
 # A unit's rows are committed in parts of about this size, so that latents never pile up in memory.
 COMMIT_BYTES = 256 << 20
@@ -64,15 +64,20 @@ class Retry:
 
 @dataclass
 class Receipt:
-    """What a worker hands back: counts of the rows it settled, and seconds. Never payload."""
+    """What a worker hands back: counts of the rows it settled, seconds, and what its stage counted.
+    Never payload."""
 
     stage: str
     unit: str
     counts: Counts = field(default_factory=Counts)
     seconds: dict[str, float] = field(default_factory=dict)
+    amounts: dict[str, int] = field(default_factory=dict)  # what the stage counted: tokens
     error: str | None = None  # one line, where the stage raised
     trace: str | None = None
     halts: bool = False  # nothing can be written: other units would fare no better
+
+    def add(self, what: str, n: int) -> None:
+        self.amounts[what] = self.amounts.get(what, 0) + n
 
 
 def run_unit(
@@ -113,7 +118,7 @@ def run_unit(
         loaded = model() if rows.num_rows else None
         clock.lap("read")
         commits = _Committer(view, stage, loaded, watch, receipt.seconds)
-        with spending(clock.add), commits:
+        with spending(clock.add), counting(receipt.add), commits:
             for clips, new in _settled(stage, loaded, book, rows, watch):
                 clock.lap("process")
                 counts = counted(new)

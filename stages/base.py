@@ -118,6 +118,29 @@ def spending(listener: Callable[[str, float], None]) -> Iterator[None]:
         _spender = before
 
 
+def _uncounted(what: str, n: int) -> None:
+    """Nobody counts."""
+
+
+_counter: Callable[[str, int], None] = _uncounted
+
+
+def count(what: str, n: int) -> None:
+    """Adds to what the receipt says was made of the unit's rows, or for them: `tokens`."""
+    _counter(what, n)
+
+
+@contextmanager
+def counting(listener: Callable[[str, int], None]) -> Iterator[None]:
+    """Sets who hears `count` within the block."""
+    global _counter
+    before, _counter = _counter, listener
+    try:
+        yield
+    finally:
+        _counter = before
+
+
 class _Speed:
     """Marks a setting that changes speed and never results; it stays out of the fingerprint."""
 
@@ -228,6 +251,10 @@ class Stage(ABC, Generic[S, Model]):
     def setup(self) -> Model:
         """Loads what `process` needs, once per worker. Raises StageError with a remedy."""
         return None  # type: ignore[return-value]
+
+    def teardown(self, model: Model) -> None:
+        """Gives back what `setup` took: connections, processes. A worker that is killed does not
+        come to it."""
 
     def bind(self, columns: pa.Schema) -> None:
         """Told, before anything runs, which columns there will be, with their types. Raises

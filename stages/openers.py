@@ -12,10 +12,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import IO, Any
 
+from stages.backoff import retry_after
 from stages.transfer import CHUNK, Open, Stream, TransferError
 
 _URL = re.compile(r"(?:[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+")
@@ -105,19 +104,6 @@ def _http_stream(response: Any, asked: int, chunks: Iterator[bytes]) -> Stream:
         start, size = asked, int(found[2]) if found[2] != "*" else None
     mark = headers.get("ETag") or headers.get("Last-Modified")
     return Stream(start, size, f"{mark}|{size}" if mark else "", chunks)
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header (RFC 9110, 10.2.3: seconds or a date); None: not given."""
-    if not value:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
 
 
 @contextmanager

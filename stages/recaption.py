@@ -9,11 +9,13 @@ import functools
 import importlib.util
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -29,12 +31,14 @@ from stages.base import (
     StageError,
     StageSettings,
     alive,
+    count,
+    spent,
 )
 from stages.captions.prompt import Prompt, Template, load_prompt
 from stages.captions.quality import QualitySettings
 from stages.captions.verdict import COLUMNS, judge, seed_of, settle
 from stages.devices import check_device
-from stages.engines.base import Engine, EngineFailure, Request, Result, SamplingSettings
+from stages.engines.base import Answer, Engine, EngineFailure, Request, Result, SamplingSettings
 from stages.models import check, model_identity, model_label, resolve
 
 # Arguments of vllm.LLM that spread or schedule the work and leave the answers as they are.
@@ -92,7 +96,9 @@ class RecaptionSettings(StageSettings):
     device: Speed[Literal["auto", "cpu", "cuda"]] = Field("auto", description="transformers: where")
     endpoints: Speed[tuple[str, ...]] = Field((), description="openai: base URLs, used in turn")
     api_key_env: Speed[str | None] = Field(None, description="openai: variable that holds the key")
-    concurrency: Speed[int] = Field(64, ge=1, description="openai: requests at once, a worker")
+    concurrency: Speed[int] = Field(
+        64, ge=1, description="openai: most requests at once, an endpoint and worker; it adapts"
+    )
     timeout: Speed[float] = Field(120.0, gt=0, description="openai: seconds for an answer")
     retries: Speed[int] = Field(4, ge=0, description="openai: further tries after a passing fault")
     backoff: Speed[float] = Field(1.0, ge=0, description="openai: seconds before the second try")
@@ -104,6 +110,11 @@ class RecaptionSettings(StageSettings):
             raise ValueError(f"{' and '.join(named)} are both set: keep one")
         if self.engine == "openai" and not self.endpoints:
             raise ValueError("engine openai needs endpoints: [http://host:8000/v1]")
+        if self.api_key_env and any("@" in urlsplit(url).netloc for url in self.endpoints):
+            raise ValueError(
+                "endpoints has a user and password, and api_key_env names a key; both go into the "
+                "one Authorization header of a request: keep one"
+            )
         try:
             prompt = load_prompt(self.preset, self.prompt, self.prompt_file)
         except StageError as error:
@@ -123,6 +134,13 @@ class _Asked:
     row: Row
     prompt: str
     attempt: int  # from 1
+
+
+def _counted(result: Result) -> None:
+    """Tells how many tokens went into an answer, as far as its engine says."""
+    if isinstance(result, Answer):
+        for what in ("tokens", "prompt_tokens", "cached_tokens"):
+            count(what, getattr(result, what) or 0)
 
 
 class Recaption(Stage[RecaptionSettings, Engine]):
@@ -262,6 +280,9 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         batch = s.batch_size or 16
         return TransformersEngine(folder, label, dtype, s.device, batch, s.template_args)
 
+    def teardown(self, model: Engine) -> None:
+        model.close()
+
     def process(self, rows: list[Row], model: Engine) -> Sequence[Outcome]:
         outcomes = dict(self._streamed(rows, model))
         return [outcomes[number] for number in range(len(rows))]
@@ -280,7 +301,20 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         asked: dict[int, _Asked] = {}
         again: deque[int] = deque()
         unasked: deque[tuple[int, Outcome]] = deque()
-        coming = enumerate(rows)
+
+        def awaited() -> Iterator[Row]:
+            """The rows; the time for which the engine has nothing to do meanwhile is told."""
+            coming = iter(rows)
+            while True:
+                began = time.perf_counter()
+                row = next(coming, None)
+                if not asked:
+                    spent("wait", time.perf_counter() - began)
+                if row is None:
+                    return
+                yield row
+
+        coming = enumerate(awaited())
 
         def requests() -> Iterator[tuple[int, Request] | None]:
             while True:
@@ -305,6 +339,7 @@ class Recaption(Stage[RecaptionSettings, Engine]):
             for number, result in answers:
                 alive()
                 was = asked.pop(number)
+                _counted(result)
                 outcome = self._outcome(was, result, model)
                 if outcome is None:
                     asked[number] = replace(was, attempt=was.attempt + 1)

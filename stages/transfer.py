@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -19,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from manifests.redact import redact
+from stages.backoff import pause
 from stages.base import alive
 
 CHUNK = 1 << 20
-LONGEST_WAIT = 120.0  # seconds between two tries, whatever a server asks for
 
 
 class TransferError(Exception):
@@ -118,8 +117,7 @@ def _with_retries(receive: Callable[[], tuple[str, int]], limits: Limits) -> tup
         except TransferError as error:
             if not error.retry or attempt == limits.retries:
                 raise
-            wait = limits.backoff * 2**attempt * random.uniform(0.5, 1.5)
-            time.sleep(min(LONGEST_WAIT, max(wait, error.wait or 0.0)))
+            time.sleep(pause(limits.backoff, attempt + 1, error.wait))
     raise AssertionError("the last try returns or raises")
 
 

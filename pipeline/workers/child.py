@@ -28,6 +28,7 @@ from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
 from pipeline.unit import Part, Receipt, Retry, run_unit
+from pipeline.workers.kept import Kept
 from pipeline.workers.watch import Watch
 from stages import base
 
@@ -74,6 +75,8 @@ def serve(connection: Connection) -> NoReturn:
                     watch = supervisor.watch(apart, condemned)
                     receipt = job.run(unit, part, supervisor, watch)
                     supervisor.send("receipt", asdict(receipt))
+    with contextlib.suppress(Exception):  # nobody hears of it any more
+        job.close()
     os._exit(0)  # native threads of torch and FFmpeg may abort an ordinary end
 
 
@@ -85,7 +88,7 @@ class _Job:
     def __init__(self) -> None:
         self._store: Store | None = None
         self._model_of: int | None = None
-        self._model: Callable[[], Any] | None = None
+        self._model: Kept | None = None
 
     def take(
         self, number: int, store: Store, dag: Dag, stage: base.Stage[Any, Any], retry: Retry
@@ -95,15 +98,22 @@ class _Job:
             self._store = store  # it remembers what was read last
         self._dag, self._stage, self._retry = dag, stage, retry
         if stage.loads_model and number != self._model_of:
-            self._model = None  # the last one goes before the next one comes
+            self.close()  # the last one goes before the next one comes
             gc.collect()
-            self._model_of, self._model = number, functools.cache(stage.setup)
+            self._model_of, self._model = number, Kept(stage)
+
+    def close(self) -> None:
+        """Gives the model back."""
+        kept, self._model = self._model, None
+        if kept is not None:
+            kept.close()
 
     def run(self, unit: str, part: Part, supervisor: _Supervisor, watch: Watch) -> Receipt:
         if self.fault is not None or self._store is None:
             return Receipt("", unit, error=self.fault)
         stage = self._stage
-        model = self._model if stage.loads_model and self._model else stage.setup
+        kept = self._model if stage.loads_model else None
+        model: Callable[[], Any] = kept or stage.setup
         with base.telling(functools.partial(supervisor.send, "note")):
             return run_unit(
                 *(self._store, self._dag, stage, model, unit, self._retry, supervisor.rows),

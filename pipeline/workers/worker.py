@@ -28,6 +28,7 @@ from manifests.store import Store
 from manifests.view import Dag
 from pipeline.settle import AnyStage
 from pipeline.unit import WHOLE, OnRows, Part, Receipt, Retry, run_unit
+from pipeline.workers.kept import Kept
 from pipeline.workers.suspects import Death, Suspects
 from pipeline.workers.watch import Watch
 from stages.base import telling
@@ -88,7 +89,7 @@ class InProcess:
 
     def __init__(self) -> None:
         self._stage: AnyStage | None = None
-        self._model: Callable[[], Any] = lambda: None
+        self._model: Kept | None = None
 
     def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt:
         """`run_unit`, with the model of the last stage that has one kept."""
@@ -96,8 +97,9 @@ class InProcess:
         model: Callable[[], Any] = stage.setup
         if stage.loads_model:
             if stage is not self._stage:
-                self._stage, self._model = stage, functools.cache(stage.setup)
-            model = self._model
+                self.close()
+                self._stage, self._model = stage, Kept(stage)
+            model = self._model or stage.setup
         with telling(driver.note):
             return run_unit(
                 *(job.store, job.dag, stage, model, unit, job.retry, driver.rows),
@@ -105,7 +107,10 @@ class InProcess:
             )
 
     def close(self) -> None:
-        """There is no process to end."""
+        """Gives the model back: there is no process to end."""
+        kept, self._stage, self._model = self._model, None, None
+        if kept is not None:
+            kept.close()
 
 
 class _Stoppable(Watch):

@@ -1,21 +1,26 @@
 """Answers by servers that speak OpenAI's chat completions: vLLM, SGLang, a hosted model.
 
-A fault is one request's: it is tried again, on the next endpoint, as long as that may help, and
-then told as an EngineFailure. Where not one request of a batch is answered, because nobody is there
-or the key or the model's name is refused, it is the run's: a StageError, and no row is settled.
+A fault is one request's: it is tried again, on another endpoint where there is one, as long as that
+may help, and then told as an EngineFailure. Where nobody answers, because no server is there or the
+key or the model's name is refused, it is the run's: a StageError, and those rows stay pending.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
+import queue
+import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from manifests.redact import conceal, redact
-from stages.base import StageError
+from stages.backoff import pause, retry_after
+from stages.base import StageError, tell
 from stages.engines.base import (
     Answer,
     EngineFailure,
@@ -23,13 +28,17 @@ from stages.engines.base import (
     Requests,
     Result,
     SamplingSettings,
-    taken,
 )
-from stages.openers import retry_after
-from stages.transfer import LONGEST_WAIT
+from stages.engines.endpoints import ABSENT, REFUSED, Endpoint, Endpoints, Nobody
 
-# What all requests meet alike: a server that is not there, a key or a model that it does not know.
-OF_THE_RUN = ("engine_unreachable", "bad_url", "http_401", "http_403", "http_404")
+CONNECT_SECONDS = 10.0
+KEEP_SECONDS = 4.0  # a connection without a request: servers often hang up after five
+MOST_BYTES = 4 << 20  # of an answer
+AHEAD = 1.5  # requests taken, over those that the endpoints get at once: others wait to try again
+CLOSE_SECONDS = 5.0
+# A search for a server that took this long is not made again for ten times as long.
+LONG_SEARCH = 1.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,13 @@ class _Fault:
     message: str
     retry: bool = True
     wait: float | None = None
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """No endpoint takes it: the request's fault if others are answered, else the run's."""
+
+    failure: EngineFailure
 
 
 def chat_url(endpoint: str) -> str:
@@ -54,16 +70,19 @@ def read_answer(body: bytes) -> Answer:
         data = json.loads(body)
         choice = data["choices"][0]
         text = choice["message"]["content"] or ""
-        tokens = (data.get("usage") or {}).get("completion_tokens")
-        if not isinstance(text, str) or not isinstance(tokens, int | None):
-            raise TypeError("content must be text and completion_tokens a number")
-        return Answer(text, tokens, choice.get("finish_reason") == "length")
+        usage = data.get("usage") or {}
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        tokens = (usage.get("completion_tokens"), usage.get("prompt_tokens"), cached)
+        if not isinstance(text, str) or not all(isinstance(n, int | None) for n in tokens):
+            raise TypeError("content must be text, and counts of tokens numbers")
+        return Answer(text, tokens[0], choice.get("finish_reason") == "length", *tokens[1:])
     except (UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no chat completion: {error!r}") from error
 
 
 class OpenAIEngine:
-    """Spreads requests over `endpoints` in turn, `concurrency` at once."""
+    """Spreads requests over `endpoints`, at most `concurrency` at once to each. A request is asked
+    at most 1 + `retries` times; connections that can't be made don't count."""
 
     def __init__(
         self,
@@ -78,76 +97,153 @@ class OpenAIEngine:
         template_args: Mapping[str, Any],
     ) -> None:
         self.label = label
-        self._urls = [chat_url(endpoint) for endpoint in endpoints]
         self._model = model
         conceal(key)  # servers quote it in their errors
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._concurrency = concurrency
         self._timeout = timeout
         self._retries = retries
-        self._down = False  # nobody answered last time: the next batch is no reason to wait long
         self._backoff = backoff
         self._extra = {"chat_template_kwargs": dict(template_args)} if template_args else {}
+        urls = [chat_url(endpoint) for endpoint in endpoints]
+        self._endpoints = Endpoints(
+            [Endpoint(u, concurrency, backoff, retries, partial(_told, u)) for u in urls]
+        )
+        self._down: str | None = None  # why nobody answered last time
+        self._again = 0.0  # nobody is asked before
+        self._session: Any = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
 
     def stream(
         self, requests: Requests, sampling: SamplingSettings
     ) -> Generator[tuple[int, Result]]:
-        while chunk := taken(requests, 8 * self._concurrency):
-            results = self._generate([request for _, request in chunk], sampling)
-            yield from ((number, result) for (number, _), result in zip(chunk, results))
-
-    def _generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
-        """Raises StageError where nobody answers any of them."""
-        results = asyncio.run(self._all(requests, sampling))
-        faults = [r for r in results if isinstance(r, EngineFailure) and r.error in OF_THE_RUN]
-        self._down = bool(results) and len(faults) == len(results)
+        began = time.monotonic()
+        if self._down and began < self._again:
+            raise StageError(self._down)
         if self._down:
-            raise StageError(
-                f"no caption was had from the server ({faults[0].error}): {faults[0].message}. No "
-                "row is settled: start it, or mend recaption's endpoints, model or api_key_env, "
-                "and run again."
-            )
-        return results
+            for endpoint in self._endpoints.all:
+                endpoint.once_more()
+        results: queue.SimpleQueue[tuple[int, Result | _Refusal | Exception]] = queue.SimpleQueue()
+        flying: dict[int, Future[None]] = {}
+        refused: list[tuple[int, EngineFailure]] = []
+        answered = False
+        try:
+            while True:
+                while len(flying) < max(1, AHEAD * self._endpoints.room):
+                    one = next(requests, None)
+                    if one is None:
+                        break
+                    asking = self._into(results, *one, sampling)
+                    flying[one[0]] = asyncio.run_coroutine_threadsafe(asking, self._loop)
+                if not flying:
+                    break
+                number, result = results.get()
+                del flying[number]
+                match result:
+                    case Nobody():
+                        faults = [e.fault for e in self._endpoints.all if e.fault is not None]
+                        raise self._nobody(began, faults[0])
+                    case Exception():
+                        raise result
+                    case _Refusal(failure):
+                        refused.append((number, failure))
+                    case _:
+                        answered, self._down, began = True, None, time.monotonic()
+                        yield number, result
+                        yield from refused
+                        refused.clear()
+            if refused and not answered:
+                raise self._nobody(began, refused[0][1])
+            yield from refused
+        finally:
+            for asking_ in flying.values():
+                asking_.cancel()
 
     def close(self) -> None:
-        """Connections last for one `generate`: there is nothing to give back."""
+        """Hangs up. Who is amid `stream` closes that first."""
+        if self._loop.is_closed():
+            return
+        if self._session is not None:
+            closing = asyncio.run_coroutine_threadsafe(self._session.close(), self._loop)
+            closing.result(CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_SECONDS)
+        self._loop.close()
 
-    async def _all(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Result]:
-        import aiohttp
+    def _nobody(self, began: float, why: EngineFailure) -> StageError:
+        now = time.monotonic()
+        self._down = (
+            f"no caption was had from the server ({why.error}): {why.message}. No row is settled "
+            "by that: start it, or mend recaption's endpoints, model or api_key_env, and run again."
+        )
+        self._again = now + 10 * (now - began) if now - began > LONG_SEARCH else 0.0
+        return StageError(self._down)
 
-        connector = aiohttp.TCPConnector(limit=self._concurrency)
-        timeout = aiohttp.ClientTimeout(total=self._timeout)
-        gate = asyncio.Semaphore(self._concurrency)
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=self._headers, trust_env=True
-        ) as session:
-            tries = (self._one(session, gate, i, r, sampling) for i, r in enumerate(requests))
-            return list(await asyncio.gather(*tries))
-
-    async def _one(
+    async def _into(
         self,
-        session: Any,
-        gate: asyncio.Semaphore,
+        results: queue.SimpleQueue[tuple[int, Result | _Refusal | Exception]],
         number: int,
         request: Request,
         sampling: SamplingSettings,
-    ) -> Result:
-        async with gate:
-            retries = 0 if self._down else self._retries
-            for attempt in range(retries + 1):
-                url = self._urls[(number + attempt) % len(self._urls)]
-                got = await self._ask(session, url, request, sampling)
-                if isinstance(got, Answer):
-                    return got
-                if not got.retry or attempt == retries:
-                    return EngineFailure(got.error, redact(f"{url}: {got.message}"))
-                wait = self._backoff * 2**attempt * random.uniform(0.5, 1.5)
-                await asyncio.sleep(min(LONGEST_WAIT, max(wait, got.wait or 0.0)))
-        raise AssertionError("the last try returns")
+    ) -> None:
+        try:
+            results.put((number, await self._answer(request, sampling)))
+        except Exception as error:  # noqa: BLE001  it is raised again in the caller's thread
+            results.put((number, error))
 
-    async def _ask(
-        self, session: Any, url: str, request: Request, sampling: SamplingSettings
-    ) -> Answer | _Fault:
+    async def _answer(self, request: Request, sampling: SamplingSettings) -> Result | _Refusal:
+        """Asks until there is an answer, or nothing more to be hoped. Raises Nobody."""
+        most = 1 if self._down else 1 + self._retries
+        tried: set[Endpoint] = set()
+        barred: dict[Endpoint, EngineFailure] = {}
+        tries = 0
+        while True:
+            try:
+                place = await self._endpoints.place(tried, barred)
+            except Nobody:
+                if barred and not self._endpoints.given_up:
+                    return _Refusal(next(reversed(barred.values())))
+                raise
+            endpoint = place.endpoint
+            try:
+                got = await self._ask(endpoint.url, request, sampling)
+                if isinstance(got, Answer):
+                    endpoint.answered(place)
+                    return got
+                failure = EngineFailure(got.error, redact(f"{endpoint.url}: {got.message}"))
+                if got.retry or got.error in REFUSED:
+                    endpoint.failed(place, failure, got.wait, time.monotonic())
+                else:
+                    endpoint.answered(place)  # the fault is the request's
+            finally:
+                await self._endpoints.leave(place)
+            tried.add(endpoint)
+            if got.error in REFUSED:
+                barred[endpoint] = failure
+                continue
+            tries += got.error != ABSENT
+            if not got.retry or tries >= most:
+                return failure
+            if got.error != ABSENT and not self._endpoints.another(tried):
+                await asyncio.sleep(pause(self._backoff, tries))
+
+    async def _connected(self) -> Any:
+        """The session of the engine's life."""
+        import aiohttp
+
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS),
+                timeout=aiohttp.ClientTimeout(
+                    total=self._timeout, sock_connect=min(CONNECT_SECONDS, self._timeout)
+                ),
+                headers=self._headers,
+                trust_env=True,
+            )
+        return self._session
+
+    async def _ask(self, url: str, request: Request, sampling: SamplingSettings) -> Answer | _Fault:
         import aiohttp
 
         question = {
@@ -161,8 +257,11 @@ class OpenAIEngine:
             **self._extra,
         }
         try:
+            session = await self._connected()
             async with session.post(url, json=question) as response:
-                body = await response.read()
+                body = await read(response)
+        except aiohttp.ConnectionTimeoutError:
+            return _Fault("engine_unreachable", "no connection could be made in time")
         except TimeoutError:
             return _Fault("timeout", f"no answer within {self._timeout:g} s")
         except aiohttp.ClientConnectorError as error:
@@ -180,7 +279,7 @@ class OpenAIEngine:
             f"http_{response.status}",
             said(body) or str(response.reason),
             retry=response.status in (408, 409, 425, 429) or response.status >= 500,
-            wait=retry_after(response.headers.get("Retry-After")),
+            wait=wait_asked(response.headers),
         )
 
 
@@ -190,6 +289,23 @@ def response_format(schema: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     known = {"name": "caption", "strict": True, "schema": dict(schema)}
     return {"response_format": {"type": "json_schema", "json_schema": known}}
+
+
+async def read(response: Any) -> bytes:
+    """The body, or as much of it as an answer may have: some never end."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            response.close()
+            break
+    return bytes(body[:MOST_BYTES])
+
+
+def wait_asked(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server wants to be left alone: `retry-after-ms` is OpenAI's and Azure's."""
+    exact = headers.get("retry-after-ms", "")
+    return float(exact) / 1000 if exact.isdigit() else retry_after(headers.get("Retry-After"))
 
 
 def said(body: bytes) -> str:
@@ -202,3 +318,7 @@ def said(body: bytes) -> str:
     except (ValueError, KeyError, AttributeError):
         pass
     return " ".join(text.split())[:300]
+
+
+def _told(url: str, what: str) -> None:
+    tell(f"recaption: {redact(url)} {what}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from stages.base import Outcome, Row, Stage, StageError, StageSettings, alive
+from stages.base import Outcome, Row, Stage, StageError, StageSettings, alive, count
 
 
 class KillerSettings(StageSettings):
@@ -107,6 +107,30 @@ class Unready(Stage[StageSettings, str]):
 
     def process(self, rows: list[Row], model: str) -> list[Outcome]:
         return [{"never": ""} for _ in rows]
+
+
+class Returner(Stage[KillerSettings, Path]):
+    """Notes in the folder of its settings what it takes and gives back; counts letters."""
+
+    name = "returner"
+    Settings = KillerSettings
+    reads = ("caption",)
+    adds = pa.schema([pa.field("letters", pa.int64())])
+
+    def setup(self) -> Path:
+        note = Path(self.settings.folder) / "notes"
+        with note.open("a") as file:
+            file.write("taken ")
+        return note
+
+    def teardown(self, model: Path) -> None:
+        with model.open("a") as file:
+            file.write("given back ")
+
+    def process(self, rows: list[Row], model: Path) -> list[Outcome]:
+        for row in rows:
+            count("letters", len(row["caption"]))
+        return [{"letters": len(row["caption"])} for row in rows]
 
 
 class Slow(Stage[KillerSettings, None]):

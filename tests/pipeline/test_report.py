@@ -53,6 +53,14 @@ def test_a_stage_that_raised_was_not_less_than_never_at_work() -> None:
     assert reports.at_work({"read": 1.0, "wait": 2.0}) == ""
 
 
+def test_tokens_are_told_where_a_stage_counts_them() -> None:
+    seconds = {"process": 3.0, "commit": 1.0}
+    assert reports.tokens({"tokens": 1000}, seconds) == ", 250 tokens/s a worker"
+    cached = {"tokens": 1000, "prompt_tokens": 400, "cached_tokens": 300}
+    assert reports.tokens(cached, seconds).endswith(", 75% of the prompts' tokens cached")
+    assert reports.tokens({}, seconds) == reports.tokens({"tokens": 9}, {}) == ""
+
+
 def test_long_work_is_told_every_few_seconds_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -65,12 +73,13 @@ def test_long_work_is_told_every_few_seconds_with_the_time_left(
     for _ in range(5):
         said.rows("encode", Counts(total=10, kept=9, failed={"decode_error": 1}))
         now[0] += 4.0
-    said.unit(Receipt("encode", "u", seconds={"process": 19.0, "wait": 1.0, "commit": 1.0}))
+    seconds = {"process": 19.0, "wait": 1.0, "commit": 1.0}
+    said.unit(Receipt("encode", "u", seconds=seconds, amounts={"tokens": 2000}))
     assert out.getvalue().splitlines() == [
         "encode: 30 of 100 rows: 27 kept, 0 rejected, 3 failed, 3.8 rows/s, 19 s left",
         "encode: 50 of 100 rows: 45 kept, 0 rejected, 5 failed, 3.1 rows/s, 16 s left",
         "encode: 50 of 100 rows: 45 kept, 0 rejected, 5 failed, 2.5 rows/s, 20 s left, "
-        "model at work 95% of the time",
+        "model at work 95% of the time, 100 tokens/s a worker",
     ]
 
 

@@ -6,18 +6,19 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killers import Killer, Loader, Unready
+from killers import Killer, Loader, Returner, Unready
 from toys import Length, Limit, Shout, pipeline
 
 from manifests.log import Counts
 from pipeline import query
 from pipeline.report import Reporter
 from pipeline.run import Result, run
-from pipeline.unit import Retry
+from pipeline.unit import Receipt, Retry
 from pipeline.workers.suspects import Death, Suspects
 
 ISOLATED = {"local": {"isolate": True}, "ray": {"runner": "ray", "isolate": True}}
@@ -231,3 +232,26 @@ def test_a_batch_is_split_into_groups_and_then_single_clips() -> None:
     assert "c63x" not in suspects.condemned
     suspects.died("encode", ["c63x"], death)
     assert suspects.condemned["c63x"].attempts == 3
+
+
+class Counted(Reporter):
+    def __init__(self) -> None:
+        self.amounts: Counter[str] = Counter()
+
+    def unit(self, receipt: Receipt) -> None:
+        self.amounts.update(receipt.amounts)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_model_is_given_back_and_what_a_stage_counts_is_in_the_receipts(
+    tmp_path: Path, isolate: bool
+) -> None:
+    settings = {"returner": {"folder": str(tmp_path)}}
+    how = {"isolate": isolate, "unit_size": 2}
+    captions = ["a", "bc", "def", "gh", "i"]
+    made = pipeline(tmp_path, captions, [Returner], settings, how)
+    counted = Counted()
+    result = run(made, (), Retry(), counted)
+    assert result.status["returner"].kept == 5
+    assert (tmp_path / "notes").read_text() == "taken given back "
+    assert counted.amounts == {"letters": 9}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from stages.base import Context, Failed, Rejected, StageError
+from stages.base import Context, Failed, Rejected, StageError, counting
 from stages.captions.prompt import Template
 from stages.captions.verdict import clean, seed_of
 from stages.engines.base import (
@@ -176,6 +177,15 @@ def test_outcomes_stand_in_the_place_of_their_rows() -> None:
     assert [r.prompt for r in engine.asked[0]] == ["'fine'", "bad", "blank", "long"]
 
 
+def test_tokens_are_counted() -> None:
+    counted: Counter[str] = Counter()
+    engine = Echo(a=Answer("x", 5, False, 9, 4), b=Answer("x", None, False))
+    rows = [{"clip_id": c, "caption": c} for c in ("a", "b", "c")]
+    with counting(lambda what, n: counted.update({what: n})):
+        make(prompt="{caption}").process(rows, engine)
+    assert counted == {"tokens": 8, "prompt_tokens": 16, "cached_tokens": 4}
+
+
 def test_without_a_caption_the_engine_is_not_asked() -> None:
     engine = Echo()
     (outcome,) = make().process([{"clip_id": "a", "caption": ""}], engine)
@@ -254,6 +264,14 @@ def test_without_vllm_the_remedy_is_told() -> None:
             make(engine="vllm").check()
     else:
         pytest.skip("vllm is installed")
+
+
+def test_a_password_and_a_key_are_not_both_for_one_header() -> None:
+    named = ["http://a", "http://user:hunter2@b/v1"]
+    make(endpoints=named)
+    with pytest.raises(ValidationError, match="one Authorization header") as refused:
+        make(endpoints=named, api_key_env="VIDPIPE_TEST_KEY")
+    assert "hunter2" not in refused.value.errors(include_input=False)[0]["msg"]
 
 
 def test_engines_that_need_one_ask_for_a_gpu() -> None:

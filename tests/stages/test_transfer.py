@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from manifests.redact import redact
-from stages.openers import retry_after
+from stages.backoff import retry_after
 from stages.transfer import Limits, Stream, TransferError, store
 
 LIMITS = Limits(max_bytes=1 << 20, timeout=1, retries=2, backoff=0)
