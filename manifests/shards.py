@@ -62,6 +62,9 @@ FIRST_FRAME = pa.schema(
     ]
 )
 
+# Captions of one clip by kind: short, medium, long, ...
+CAPTIONS = pa.list_(pa.struct([pa.field("kind", pa.string()), pa.field("text", pa.string())]))
+
 INDEX = pa.schema(
     [
         pa.field("clip_id", pa.string(), nullable=False),
@@ -73,6 +76,7 @@ INDEX = pa.schema(
         pa.field("text_key", pa.string()),
         pa.field("text_shard", pa.string()),
         pa.field("text_row", pa.int32()),
+        pa.field("captions", CAPTIONS),  # all of the clip, where it has several
     ]
 )
 

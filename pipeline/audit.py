@@ -34,7 +34,7 @@ from pipeline.audit_across import (
     told_twice,
 )
 from pipeline.dag import Pipeline
-from pipeline.index import caption_column, needed, up_to_date
+from pipeline.index import caption_column, captions_column, needed, up_to_date
 from pipeline.plan import views
 from pipeline.verify import sha256_of
 
@@ -361,6 +361,7 @@ def _ready(pipeline: Pipeline, unit: _Unit) -> Iterator[dict[str, Any]]:
                 "text_key": clip.values.get("embedding_key"),
                 "text_shard": clip.text,
                 "text_row": clip.values.get("embedding_row"),
+                "captions": clip.values.get(captions_column(column)),
             }
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from manifests.intake import SCANS, last_scan
 from manifests.ledger import Ledger
 from manifests.log import Counts
+from manifests.shards import CAPTIONS
 from manifests.view import SOURCE_LAYER
 from pipeline.dag import Pipeline
 from pipeline.index import INDEX_NAME
@@ -30,6 +31,7 @@ READY = pa.schema(
         pa.field("text_key", pa.string()),
         pa.field("text_shard", pa.string()),
         pa.field("text_row", pa.int32()),
+        pa.field("captions", CAPTIONS),
     ]
 )
 # Rows that wait before they are spilled: a ledger likes large tables.

@@ -32,6 +32,11 @@ def caption_column(pipeline: Pipeline) -> str:
     return "recaption" if "recaption" in pipeline.stages else "caption"
 
 
+def captions_column(column: str) -> str:
+    """Where all captions of a clip are, of which `column` has the one to train on."""
+    return f"{column}_captions"
+
+
 def needed(pipeline: Pipeline) -> list[str]:
     """The stages that must have kept a clip, encode first."""
     beside = {"recaption": caption_column(pipeline) == "recaption", "embed": True}
@@ -96,8 +101,10 @@ def _ready(view: UnitView, wanted: Sequence[str], column: str) -> pa.Table:
         "shard": latents.file.cast(pa.string()),
         "row": latents.row.cast(pa.int32()),
         "shape": view.table.column("latents_shape").take(rows),
-        **dict.fromkeys(("text_key", "text_shard", "text_row"), pa.nulls(len(rows))),
+        **dict.fromkeys(("text_key", "text_shard", "text_row", "captions"), pa.nulls(len(rows))),
     }
+    if (several := captions_column(column)) in view.table.column_names:
+        columns["captions"] = view.table.column(several).take(rows)
     if "embed" in wanted:
         # A file holds every embedding that its rows name: the row's own file is the place.
         columns["text_key"] = view.table.column("embedding_key").take(rows)

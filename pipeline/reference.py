@@ -56,6 +56,10 @@ def reference() -> str:
     for name, cls in builtin().items():
         first = (cls.__doc__ or "").strip().splitlines()[0]
         parts += [f"\n## {name}\n\n{first}\n", _table(cls.Settings, _common(cls.Settings))]
+        for key, field in cls.Settings.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                about = (field.annotation.__doc__ or "").strip().splitlines()[0]
+                parts += [f"\n### {name}.{key}\n\n{about}\n", _table(field.annotation, ())]
     return "".join(parts)
 
 

@@ -126,6 +126,8 @@ def run_unit(
                 watch.through(clips)
                 receipt.counts += counts
                 commits.take(new, counts)
+                if watch.stopping():
+                    commits.begin()  # now: to close the stream may take longer than a stop gives
                 clock.lap("commit")
             if not rows.num_rows:
                 commits.begin()

@@ -28,5 +28,18 @@ def usable(device: str) -> torch.device:
 def check_device(device: str) -> None:
     """Raises StageError where this machine has no such device. What is always there costs no
     import of torch."""
-    if device not in ("auto", "cpu"):
+    if device in ("auto", "cpu"):
+        return
+    import torch
+
+    if not device.startswith("cuda"):
         usable(device)
+        return
+    # Counted, not tried: what this process once had of a GPU it keeps, and where a GPU is for one
+    # process alone, the worker would not get it.
+    try:
+        number = torch.device(device).index or 0
+    except RuntimeError as error:
+        raise StageError(f"device {device} can't be used: {str(error).splitlines()[0]}") from error
+    if number >= (there := torch.cuda.device_count()):
+        raise StageError(f"device {device} can't be used: PyTorch finds {there} GPUs here")

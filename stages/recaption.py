@@ -6,17 +6,14 @@ What is read is what the prompt names: `{caption}`, or any other column in brace
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import os
 import re
-import string
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -27,7 +24,6 @@ from manifests.schema import did_you_mean, digest
 from stages.base import (
     Failed,
     Outcome,
-    Rejected,
     Resources,
     Row,
     Speed,
@@ -38,11 +34,12 @@ from stages.base import (
     count,
     spent,
 )
+from stages.captions.prompt import Prompt, Template, load_prompt
+from stages.captions.quality import QualitySettings
+from stages.captions.verdict import COLUMNS, judge, seed_of, settle
 from stages.devices import check_device
 from stages.engines.base import Answer, Engine, EngineFailure, Request, Result, SamplingSettings
 from stages.models import check, model_identity, model_label, resolve
-
-DEFAULT_PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
 
 # Arguments of vllm.LLM that spread or schedule the work and leave the answers as they are.
 _SPEED_ARGS = {
@@ -60,7 +57,6 @@ _SPEED_ARGS = {
     "distributed_executor_backend",
 }
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,39}")
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 
 
 class RecaptionSettings(StageSettings):
@@ -72,7 +68,13 @@ class RecaptionSettings(StageSettings):
     )
     revision: str | None = Field(None, description="of the model on the hub; a commit is exact")
     prompt: str | None = Field(None, description="template; {column} is filled in, {{ is a brace")
-    prompt_file: str | None = Field(None, description="file of the template; default: our own")
+    prompt_file: str | None = Field(None, description="file of the template")
+    preset: str | None = Field(
+        None, description="a prompt of ours, by its name; default: rewrite, without the two above"
+    )
+    quality: QualitySettings = Field(
+        default_factory=QualitySettings, description="what a caption must be: see below"
+    )
     max_tokens: int = Field(256, ge=1, description="of an answer")
     temperature: float = Field(0.0, ge=0, le=5, description="0: always the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="share of probability that is drawn from")
@@ -103,8 +105,9 @@ class RecaptionSettings(StageSettings):
 
     @model_validator(mode="after")
     def _check(self) -> RecaptionSettings:
-        if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("prompt and prompt_file are both set: keep one")
+        named = [n for n in ("preset", "prompt", "prompt_file") if getattr(self, n) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} are both set: keep one")
         if self.engine == "openai" and not self.endpoints:
             raise ValueError("engine openai needs endpoints: [http://host:8000/v1]")
         if self.api_key_env and any("@" in urlsplit(url).netloc for url in self.endpoints):
@@ -113,74 +116,24 @@ class RecaptionSettings(StageSettings):
                 "one Authorization header of a request: keep one"
             )
         try:
-            load_template(self)
+            prompt = load_prompt(self.preset, self.prompt, self.prompt_file)
         except StageError as error:
             raise ValueError(str(error)) from error
+        if self.max_tokens < prompt.tokens:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}: preset {prompt.name} asks for an answer that "
+                f"may need {prompt.tokens}"
+            )
         return self
 
 
-@dataclass(frozen=True)
-class Template:
-    """A prompt with columns in braces."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A row whose answer is out."""
 
-    text: str
-    columns: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Template:
-        """Raises StageError for braces that are no plain column names."""
-        text = text.strip()
-        try:
-            parts = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise StageError(f"the prompt's braces don't match: {error}") from error
-        columns = []
-        for _, name, spec, conversion in parts:
-            if name is None:
-                continue
-            if not name.isidentifier() or spec or conversion:
-                raise StageError(
-                    f"the prompt has {{{name}}}: braces hold the name of a column and nothing "
-                    "else; write {{ and }} for braces of the text"
-                )
-            columns.append(name)
-        if not columns:
-            raise StageError("the prompt names no column: put {caption} where the caption goes")
-        return cls(text, tuple(dict.fromkeys(columns)))
-
-    def render(self, row: Row) -> str | Rejected:
-        for column in self.columns:
-            if row[column] is None or not str(row[column]).strip():
-                return Rejected(f"empty_{column}", f"{column} is empty, and the prompt is about it")
-        return self.text.format_map({c: str(row[c]).strip() for c in self.columns})
-
-
-def load_template(settings: RecaptionSettings) -> Template:
-    """Raises StageError where there is none, or it is none."""
-    if settings.prompt is not None:
-        return Template.parse(settings.prompt)
-    file = Path(settings.prompt_file or DEFAULT_PROMPT)
-    try:
-        return Template.parse(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise StageError(f"prompt_file {file} can't be read: {error}") from error
-
-
-def clean(text: str) -> str:
-    """An answer as a caption: one line, without thoughts, blanks and quotes around it."""
-    text = re.sub(r"\A\s*<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL)
-    text = " ".join(text.split())
-    while len(text) > 1 and _QUOTES.get(text[0]) == text[-1]:
-        inner = text[1:-1]
-        if text[0] in inner or text[-1] in inner:
-            break  # "A dog" and "a cat": two quotations, not one around all
-        text = inner.strip()
-    return text
-
-
-def seed_of(seed: int, clip_id: str) -> int:
-    """The clip's own seed, 31 bits: the order of rows and the batch don't matter."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{clip_id}".encode()).digest()[:4], "big") >> 1
+    row: Row
+    prompt: str
+    attempt: int  # from 1
 
 
 def _counted(result: Result) -> None:
@@ -200,10 +153,11 @@ class Recaption(Stage[RecaptionSettings, Engine]):
             pa.field("recaption", pa.string()),
             pa.field("recaption_raw", pa.string()),  # the answer as it came
             pa.field("recaption_model", pa.string()),
-            pa.field("recaption_prompt", pa.string()),  # hash of the template
+            pa.field("recaption_prompt", pa.string()),  # of a preset its name, and the hash
             pa.field("recaption_tokens", pa.int32()),  # of the answer
             pa.field("recaption_prompt_tokens", pa.int32()),
             pa.field("recaption_truncated", pa.bool_()),  # cut off at max_tokens
+            *COLUMNS,
         ]
     )
     after = ("filter",)
@@ -214,12 +168,19 @@ class Recaption(Stage[RecaptionSettings, Engine]):
     default_resources = Resources(cpus=1)
 
     @functools.cached_property
+    def prompt(self) -> Prompt:
+        s = self.settings
+        return load_prompt(s.preset, s.prompt, s.prompt_file)
+
+    @property
     def template(self) -> Template:
-        return load_template(self.settings)
+        return self.prompt.template
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.template.columns
+        quality = self.settings.quality
+        beside = (quality.original,) if quality.compares or self.prompt.captions else ()
+        return tuple(dict.fromkeys((*self.template.columns, *beside)))
 
     @property
     def batch_size(self) -> int:
@@ -233,11 +194,13 @@ class Recaption(Stage[RecaptionSettings, Engine]):
 
     def bind(self, columns: pa.Schema) -> None:
         for column in self.reads:
-            if column not in columns.names:
-                raise StageError(
-                    f"the prompt has {{{column}}} and there is no such column."
-                    f"{did_you_mean(column, columns.names)}"
-                )
+            if column in columns.names:
+                continue
+            asked = column in self.template.columns
+            where = f"the prompt has {{{column}}}" if asked else f"quality.original is {column}"
+            raise StageError(
+                f"{where} and there is no such column.{did_you_mean(column, columns.names)}"
+            )
 
     def check(self) -> None:
         s = self.settings
@@ -267,15 +230,18 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         s = self.settings
         known: dict[str, Any] = dict(values["settings"])
         # The template's text counts, not where it came from; the model's files, not their place.
-        for name in ("prompt", "prompt_file", "model", "revision"):
+        for name in ("preset", "prompt", "prompt_file", "model", "revision"):
             del known[name]
+        prompt = self.prompt
+        answer = {"max_words": prompt.max_words, "schema": prompt.schema, "main": prompt.main}
         known["engine_args"] = {k: v for k, v in s.engine_args.items() if k not in _SPEED_ARGS}
         model = (
             {"served": s.model, "revision": s.revision}
             if s.engine == "openai"
             else model_identity(s.model, s.revision)
         )
-        return {**values, "settings": known, "model": model, "template": digest(self.template.text)}
+        template = digest(self.template.text)
+        return {**values, "settings": known, "model": model, "template": template, "answer": answer}
 
     def check_here(self) -> None:
         if self.settings.engine == "transformers":
@@ -332,8 +298,9 @@ class Recaption(Stage[RecaptionSettings, Engine]):
     def _streamed(self, rows: Iterable[Row], model: Engine) -> Generator[tuple[int, Outcome]]:
         """The outcomes of rows by their numbers, as the engine answers them."""
         s = self.settings
+        asked: dict[int, _Asked] = {}
+        again: deque[int] = deque()
         unasked: deque[tuple[int, Outcome]] = deque()
-        flying = 0
 
         def awaited() -> Iterator[Row]:
             """The rows; the time for which the engine has nothing to do meanwhile is told."""
@@ -341,45 +308,68 @@ class Recaption(Stage[RecaptionSettings, Engine]):
             while True:
                 began = time.perf_counter()
                 row = next(coming, None)
-                if not flying:
+                if not asked:
                     spent("wait", time.perf_counter() - began)
                 if row is None:
                     return
                 yield row
 
-        def requests() -> Iterator[tuple[int, Request]]:
-            nonlocal flying
-            for number, row in enumerate(awaited()):
-                prompt = self.template.render(row)
-                if isinstance(prompt, str):
-                    flying += 1
-                    yield number, Request(prompt, seed_of(s.seed, row["clip_id"]))
-                else:
-                    unasked.append((number, prompt))
+        coming = enumerate(awaited())
 
-        sampling = SamplingSettings(s.max_tokens, s.temperature, s.top_p)
+        def requests() -> Iterator[tuple[int, Request] | None]:
+            while True:
+                if again:
+                    number = again.popleft()
+                    yield number, self._request(asked[number])
+                elif (one := next(coming, None)) is not None:
+                    number, row = one
+                    prompt = self.template.render(row)
+                    if isinstance(prompt, str):
+                        asked[number] = _Asked(row, prompt, 1)
+                        yield number, self._request(asked[number])
+                    else:
+                        unasked.append((number, prompt))
+                elif asked:
+                    yield None  # an answer that is out may have to be asked for again
+                else:
+                    return
+
+        sampling = SamplingSettings(s.max_tokens, s.temperature, s.top_p, self.prompt.schema)
         with closing(model.stream(requests(), sampling)) as answers:
             for number, result in answers:
                 alive()
-                flying -= 1
+                was = asked.pop(number)
                 _counted(result)
-                yield number, self._outcome(result, model)
+                outcome = self._outcome(was, result, model)
+                if outcome is None:
+                    asked[number] = replace(was, attempt=was.attempt + 1)
+                    again.append(number)
+                else:
+                    yield number, outcome
                 while unasked:
                     yield unasked.popleft()
         yield from unasked
 
-    def _outcome(self, result: Result, model: Engine) -> Outcome:
+    def _request(self, asked: _Asked) -> Request:
+        s = self.settings
+        seed = seed_of(s.seed, asked.row["clip_id"], asked.attempt)
+        if asked.attempt == 1:
+            return Request(asked.prompt, seed)
+        return Request(asked.prompt, seed, max(s.temperature, s.quality.retry_temperature))
+
+    def _outcome(self, asked: _Asked, result: Result, model: Engine) -> Outcome | None:
+        """None: it is to be asked again."""
         if isinstance(result, EngineFailure):
             return Failed(result.error, result.message)
-        caption = clean(result.text)
-        if not caption:
-            return Failed("empty_answer", f"the model wrote {result.text!r:.80}")
-        return {
-            "recaption": caption,
+        quality = self.settings.quality
+        original = asked.row.get(quality.original)
+        made = {
             "recaption_raw": result.text,
             "recaption_model": model.label,
-            "recaption_prompt": digest(self.template.text),
+            "recaption_prompt": self.prompt.label,
             "recaption_tokens": result.tokens,
             "recaption_prompt_tokens": result.prompt_tokens,
             "recaption_truncated": result.truncated,
         }
+        verdict = judge(result, self.prompt, quality, original)
+        return settle(verdict, quality, asked.attempt, original, made)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -113,6 +113,11 @@ class TrainSettings(_Section):
     caption_dropout: float = Field(
         0.1, ge=0, le=1, description="share of visits without caption, for guidance"
     )
+    captions: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="weights by which a visit draws among a clip's captions: "
+        "{short: 1, medium: 2, caption: 1}; default: always `caption`, the index's own",
+    )
 
     shuffle_window: int = Field(
         1024,
@@ -135,6 +140,10 @@ class TrainSettings(_Section):
             raise ValueError(
                 f"min_snr_gamma is {self.min_snr_gamma}, but flow matching has no SNR weighting: "
                 "leave it out, or set objective to epsilon or v_prediction"
+            )
+        if self.captions and not any(self.captions.values()):
+            raise ValueError(
+                f"captions is {self.captions}: one of the weights must be above 0, or leave it out"
             )
         return self
 

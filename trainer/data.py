@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
@@ -106,6 +106,19 @@ def posterior_sample(latent: Latent, spec: LatentSpec, generator: torch.Generato
     return (values - shift) * scale
 
 
+def draw_caption(
+    own: str, others: Mapping[str, str], weights: Mapping[str, float], generator: torch.Generator
+) -> str:
+    """One of a clip's captions by the weights of their kinds; `caption` is its `own`. What it has
+    none of leaves its share to the rest, and without any the own one stands."""
+    texts = {"caption": own, **others}
+    kinds = [kind for kind, weight in weights.items() if weight > 0 and kind in texts]
+    if not kinds:
+        return own
+    shares = torch.tensor([weights[kind] for kind in kinds], dtype=torch.float64)
+    return texts[kinds[int(torch.multinomial(shares, 1, generator=generator))]]
+
+
 def stored_channels(spec: LatentSpec) -> int:
     return spec.channels * (2 if spec.moments else 1)
 
@@ -145,6 +158,9 @@ class Loader:
         self.rank, self.world, self.pin = rank, world, pin
         self.clips = table.column("clip_id")
         self.captions = table.column("caption")
+        named = "captions" in table.column_names  # not in an index of before there were several
+        self.several = table.column("captions") if named else None
+        check_captions(settings.captions, self.several)
         self.rows = table.column("row").to_numpy()
         self.shapes = table.column("shape")
         shards = pc.dictionary_encode(table.column("shard")).combine_chunks()
@@ -246,7 +262,7 @@ class Loader:
             samples.append(posterior_sample(latent, self.index.spec, generator))
             chance = torch.rand((), generator=keyed("caption", seed, epoch, clip_id))
             dropped = bool(chance < self.settings.caption_dropout)
-            captions.append("" if dropped else self.captions[clip].as_py() or "")
+            captions.append("" if dropped else self._caption(clip, seed, epoch, clip_id))
         latents = torch.stack(samples)
         return Batch(
             latents.pin_memory() if self.pin else latents,
@@ -255,6 +271,14 @@ class Loader:
             [epoch for epoch, _, _ in visits],
             position,
         )
+
+    def _caption(self, clip: int, seed: int, epoch: int, clip_id: str) -> str:
+        own, weights = self.captions[clip].as_py() or "", self.settings.captions
+        if self.several is None or not weights:
+            return own
+        others = {c["kind"]: c["text"] for c in self.several[clip].as_py() or ()}
+        generator = keyed("which caption", seed, epoch, clip_id)
+        return draw_caption(own, others, weights, generator)
 
 
 def read_ahead(source: Iterator[T], depth: int) -> Generator[T]:
@@ -309,6 +333,18 @@ def one_shape(shapes: pa.ChunkedArray, spec: LatentSpec, batch_size: int) -> tup
             f"{stored_channels(spec)} x frames x height x width: run `vidpipe run`"
         )
     return (spec.channels, *distinct[0][1:])
+
+
+def check_captions(weights: Mapping[str, float], several: pa.ChunkedArray | None) -> None:
+    """Raises SettingsError where weights name a kind of caption that no clip has."""
+    kinds = {"caption"}
+    if weights and several is not None:
+        kinds |= set(pc.struct_field(pc.list_flatten(several), "kind").unique().to_pylist())
+    if unknown := [kind for kind in weights if kind not in kinds]:
+        raise SettingsError(
+            f"train.captions has a weight for {unknown[0]}, and no clip has such a caption: there "
+            f"are {', '.join(sorted(kinds))} (a preset of recaption makes several)"
+        )
 
 
 def check_expected(expect: Expect, spec: LatentSpec) -> None:

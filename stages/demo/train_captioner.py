@@ -18,9 +18,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stages.captions.prompt import DEFAULT, preset
 from stages.demo.shapes import COLOURS, DIRECTIONS, SHAPES, caption, rewrite, scene
 
-PROMPT = Path(__file__).parents[1] / "prompts" / "rewrite.txt"
+PROMPT = preset(DEFAULT).template.text + "\n"
 UNSEEN = 2**40  # seeds of training scenes start here; the demo's and the tests' lie far below
 BATCH = 32
 PEAK = 2e-3  # learning rate
@@ -51,7 +52,7 @@ def held_out(text: str) -> bool:
 
 def new_tokenizer() -> Any:
     """Byte-level BPE: any text can be written, and every word of the captions is one token."""
-    lines = [prompt.replace("{n}", "45") for prompt in (PROMPT.read_text(), *OTHER_PROMPTS)] * 200
+    lines = [prompt.replace("{n}", "45") for prompt in (PROMPT, *OTHER_PROMPTS)] * 200
     for seed in range(UNSEEN, UNSEEN + 20_000):
         lines += [caption(scene(seed)), rewrite(scene(seed)), f" {caption(scene(seed))}"]
     words = (*SHAPES, *COLOURS, *DIRECTIONS)
@@ -109,7 +110,7 @@ def example(seed: int, tokenizer: Any, noise: list[int]) -> tuple[list[int], lis
         seed += 2**20
     short = caption(scene(seed))
     kind = draw.choice(5, p=[0.4, 0.15, 0.15, 0.1, 0.2])
-    others = (PROMPT.read_text(), *OTHER_PROMPTS)
+    others = (PROMPT, *OTHER_PROMPTS)
     prompt = "{caption}"
     if kind == 0:
         prompt = others[0]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 class Request:
     prompt: str
     seed: int  # of this request alone, so that neighbours and order change nothing
+    temperature: float | None = None  # None: as the sampling settings have it
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class SamplingSettings:
     max_tokens: int
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
+    schema: Mapping[str, Any] | None = None  # JSON schema that answers must keep to, where it can
+
+    def temperature_of(self, request: Request) -> float:
+        return self.temperature if request.temperature is None else request.temperature
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,9 +250,10 @@ class OpenAIEngine:
             "model": self._model,
             "messages": [{"role": "user", "content": request.prompt}],
             "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
+            "temperature": sampling.temperature_of(request),
             "top_p": sampling.top_p,
             "seed": request.seed,
+            **response_format(sampling.schema),
             **self._extra,
         }
         try:
@@ -280,6 +281,14 @@ class OpenAIEngine:
             retry=response.status in (408, 409, 425, 429) or response.status >= 500,
             wait=wait_asked(response.headers),
         )
+
+
+def response_format(schema: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Has the server keep to a JSON schema, as OpenAI, vLLM and SGLang understand it."""
+    if schema is None:
+        return {}
+    known = {"name": "caption", "strict": True, "schema": dict(schema)}
+    return {"response_format": {"type": "json_schema", "json_schema": known}}
 
 
 async def read(response: Any) -> bytes:

@@ -27,26 +27,30 @@ from stages.vae.halving import Halving
 
 
 class GumbelChoice:
-    """A logits processor after which the argmax is a sample (Maddison et al. 2014, A* sampling)."""
+    """A logits processor after which the argmax is a sample (Maddison et al. 2014, A* sampling);
+    of rows whose temperature is 0, the likeliest token still."""
 
-    def __init__(self, seeds: Sequence[int], sampling: SamplingSettings) -> None:
+    def __init__(self, requests: Sequence[Request], sampling: SamplingSettings) -> None:
         import torch
         from transformers import TopPLogitsWarper
 
         # On the CPU whatever the device: there is one stream of numbers for a seed.
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._temperature = sampling.temperature
+        self._generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        heat = torch.tensor([[sampling.temperature_of(r)] for r in requests])
+        self._greedy = heat == 0
+        self._temperature = heat.masked_fill(self._greedy, 1.0)
         self._top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         import torch
 
-        scores = scores.float() / self._temperature
+        scores = scores.float() / self._temperature.to(scores.device)
         if self._top_p is not None:
             scores = self._top_p(input_ids, scores)
         size = scores.shape[-1]
         noise = torch.stack([torch.empty(size).exponential_(generator=g) for g in self._generators])
-        return scores - noise.to(scores.device).log()
+        gumbel = -noise.log().masked_fill(self._greedy, 0.0)
+        return scores + gumbel.to(scores.device)
 
 
 CHUNK = 8  # batches whose prompts are sorted by length, so that a batch has little padding
@@ -119,7 +123,7 @@ class TransformersEngine:
 
         def answers(chosen: list[int]) -> list[Result]:
             return self._forward(
-                [prompts[i] for i in chosen], [chunk[i][1].seed for i in chosen], sampling
+                [prompts[i] for i in chosen], [chunk[i][1] for i in chosen], sampling
             )
 
         for i, answer in zip(fits, self._halving(answers, fits, self._batch)):
@@ -128,7 +132,7 @@ class TransformersEngine:
             yield chunk[i][0], answer
 
     def _forward(
-        self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingSettings
+        self, prompts: Sequence[list[int]], requests: Sequence[Request], sampling: SamplingSettings
     ) -> list[Result]:
         import torch
         from transformers import GenerationConfig
@@ -142,7 +146,8 @@ class TransformersEngine:
             eos_token_id=self._eos or None,
             pad_token_id=self._pad,
         )
-        choice = [GumbelChoice(seeds, sampling)] if sampling.temperature > 0 else []
+        drawn = any(sampling.temperature_of(r) > 0 for r in requests)
+        choice = [GumbelChoice(requests, sampling)] if drawn else []
         with torch.inference_mode():
             output = self._model.generate(
                 input_ids=ids.to(self._model.device),

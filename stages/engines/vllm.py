@@ -123,6 +123,11 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        structured: dict[str, Any] = {}
+        if sampling.schema is not None:
+            from vllm.sampling_params import StructuredOutputsParams
+
+            structured["structured_outputs"] = StructuredOutputsParams(json=dict(sampling.schema))
         while True:
             suspected = any(deaths[number] >= DEATHS - 1 for number, _ in (*held.values(), *again))
             if len(held) >= (1 if suspected else self._most):
@@ -140,9 +145,10 @@ class VllmEngine:
             held[name] = one
             how = SamplingParams(
                 max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
+                temperature=sampling.temperature_of(request),
                 top_p=sampling.top_p,
                 seed=request.seed,
+                **structured,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             self._llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, how)

@@ -81,7 +81,10 @@ class Vae:
             raise StageError(f"the VAE in {folder} can't be loaded: {error}") from error
         self.channels = channels_of(module)
         self.shift, self.scale = scaling_of(module)  # before those among the weights are rounded
-        self.module = module.to(self.device, self.dtype).eval().requires_grad_(False)
+        # PyTorch's own `to`: that of diffusers warns of modules that it would keep in float32, of
+        # which none of these classes has any.
+        torch.nn.Module.to(module, self.device, self.dtype)
+        self.module = module.eval().requires_grad_(False)
         self._format = torch.contiguous_format
         wanted = options.channels_last
         # On a CPU, PyTorch's GroupNorm loses up to two digits of flat pictures in that format.

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from toys import Echo, Length, Limit, Shout, Words, pipeline
 
 from manifests.log import Counts
-from manifests.shards import LATENTS, LatentSpec
+from manifests.shards import CAPTIONS as CAPTIONS_TYPE
+from manifests.shards import LATENTS, Index, LatentSpec
 from pipeline import cli, dag, index
 from pipeline import plan as planning
 from pipeline.audit import audit, equation
@@ -47,10 +48,16 @@ class Encode(Shout):
 
 class Recaption(Shout):
     name = "recaption"
-    adds = pa.schema([pa.field("recaption", pa.string())])
+    adds = pa.schema(
+        [pa.field("recaption", pa.string()), pa.field("recaption_captions", CAPTIONS_TYPE)]
+    )
 
     def process(self, rows: list[Row], model: str) -> list[Outcome]:
-        return [{"recaption": row["caption"].upper() + model} for row in rows]
+        return [self.written(row["caption"].upper() + model) for row in rows]
+
+    def written(self, text: str) -> Row:
+        short = {"kind": "short", "text": text[:2]}
+        return {"recaption": text, "recaption_captions": [short] if len(text) > 4 else None}
 
 
 def toys(folder: Path, captions: Sequence[str | None] = CAPTIONS, **settings: Any) -> Pipeline:
@@ -62,6 +69,13 @@ def made(tmp_path: Path) -> Pipeline:
     made = toys(tmp_path)
     assert not run(made, (), Retry(), Reporter()).faults
     return made
+
+
+def test_the_index_has_all_captions_of_a_clip(made: Pipeline) -> None:
+    table = Index.open(index.path(made)).table
+    several = {row["caption"]: row["captions"] for row in table.to_pylist()}
+    assert several["A RED CAT!"] == [{"kind": "short", "text": "A "}]
+    assert None in several.values(), "where there is one only"
 
 
 def again(made: Pipeline) -> Audit:

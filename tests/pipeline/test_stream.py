@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -95,6 +96,28 @@ def test_a_stream_that_is_stopped_commits_its_answers_and_leaves_the_rest(tmp_pa
     assert watch.commits == 2
     result = run(made, (), Retry(), Reporter())
     assert result.status["streaming"] == Counts(10, 10)
+
+
+def test_what_is_done_is_committed_before_a_stream_that_was_stopped_has_closed(
+    tmp_path: Path,
+) -> None:
+    """Threads that decode may be amid a clip for longer than a stop gives them."""
+    seen: list[bool] = []
+
+    class Lingering(Streaming):
+        def stream(self, batches: Iterator[pa.Table], model: None) -> Generator[tuple[int, Any]]:
+            try:
+                yield from super().stream(batches, model)
+            finally:
+                seen.append(committed.wait(5.0))
+
+    committed = threading.Event()
+    made = pipeline(tmp_path, [f"clip {i}" for i in range(10)], [Lingering])
+    watch, stage = Watching(stop_after=2), made.stages["streaming"]
+    watch.committed = lambda counts: committed.set()  # type: ignore[method-assign]
+    receipt = run_unit(made.store, made.dag, stage, stage.setup, only_unit(made), watch=watch)
+    assert receipt.error is None and receipt.counts == Counts(2, 2)
+    assert seen == [True]
 
 
 class Forgetful(Streaming):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import stages
+from stages.captions.prompt import DEFAULT, preset
 from stages.demo.shapes import RATES, Scene, caption, named, rewrite, scene, write_clip
 from stages.demo.train_captioner import held_out
 from stages.demo.train_vae import psnr
@@ -20,7 +21,7 @@ from stages.demo.train_vae import psnr
 HOME = Path(stages.__file__).parent
 VAE = HOME / "demo" / "vae"
 CAPTIONER = HOME / "demo" / "captioner"
-PROMPT = (HOME / "prompts" / "rewrite.txt").read_text()
+PROMPT = preset(DEFAULT).template.text + "\n"
 
 
 @pytest.fixture(scope="module", autouse=True)

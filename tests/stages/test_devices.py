@@ -26,6 +26,22 @@ def test_names_of_devices() -> None:
         check_device("cuda:99")
 
 
+def test_to_look_for_a_gpu_takes_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def taken(*_: object, **__: object) -> None:
+        raise AssertionError("the driver would hold a part of the GPU")
+
+    monkeypatch.setattr(torch, "empty", taken)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda")
+    check_device("cuda:1")
+    with pytest.raises(StageError, match="device cuda:2 can't be used: PyTorch finds 2 GPUs"):
+        check_device("cuda:2")
+    with pytest.raises(StageError, match="device cuda:x can't be used: "):
+        check_device("cuda:x")
+
+
 @pytest.mark.parametrize("stage", ["encode", "recaption"])
 def test_told_before_the_run_where_the_workers_are_on_this_machine(
     tmp_path: Path, stage: str

@@ -237,7 +237,11 @@ def test_an_empty_answer_fails_its_row() -> None:
 
     with Web(answer) as web:
         settings = RecaptionSettings(
-            engine="openai", model="m", endpoints=[web.url], prompt="{caption}"
+            engine="openai",
+            model="m",
+            endpoints=[web.url],
+            prompt="{caption}",
+            quality={"fallback": "keep"},
         )
         stage = Recaption(settings, Context("/work"))
         rows = [{"clip_id": c, "caption": c} for c in ("none", "dog")]

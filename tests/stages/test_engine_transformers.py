@@ -114,11 +114,20 @@ def test_the_seed_decides_a_sample(folder: Path) -> None:
 def test_samples_follow_the_models_distribution() -> None:
     scores = torch.tensor([[1.0, 0.0, -1.0, -30.0]])
     n = 4000
-    choice = GumbelChoice(range(n), SamplingSettings(1, temperature=0.5))
+    asked = [Request("", i) for i in range(n)]
+    choice = GumbelChoice(asked, SamplingSettings(1, temperature=0.5))
     picked = choice(None, scores.expand(n, 4)).argmax(-1).bincount(minlength=4) / n
     assert torch.allclose(picked, (scores[0] / 0.5).softmax(-1), atol=0.03)
-    cut = GumbelChoice(range(n), SamplingSettings(1, temperature=0.5, top_p=0.5))
+    cut = GumbelChoice(
+        [Request("", i) for i in range(n)], SamplingSettings(1, temperature=0.5, top_p=0.5)
+    )
     assert cut(None, scores.expand(n, 4)).argmax(-1).sum() == 0
+    # A request may bring its own temperature, in a batch with greedy ones.
+    mixed = [Request("", i, 0.5 if i % 2 else None) for i in range(n)]
+    some = GumbelChoice(mixed, SamplingSettings(1))(None, scores.expand(n, 4)).argmax(-1)
+    assert some[::2].unique().tolist() == [int(scores[0].argmax())]
+    drawn = GumbelChoice(asked, SamplingSettings(1, temperature=0.5))
+    assert torch.equal(some[1::2], drawn(None, scores.expand(n, 4)).argmax(-1)[1::2])
 
 
 def test_an_answer_ends_at_the_models_end_token(folder: Path) -> None:
@@ -179,7 +188,12 @@ def test_the_chat_template_is_used_where_there_is_one(folder: Path) -> None:
 
 def test_the_stage_runs_on_a_folder(folder: Path) -> None:
     settings = RecaptionSettings(
-        engine="transformers", model=str(folder), prompt="{caption}", max_tokens=8, device="cpu"
+        engine="transformers",
+        model=str(folder),
+        prompt="{caption}",
+        max_tokens=8,
+        device="cpu",
+        quality={"retries": 0, "fallback": "keep"},  # nonsense is all that these weights write
     )
     stage = Recaption(settings, Context("/work"))
     stage.check()

@@ -10,6 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from stages.base import Context, Failed, Rejected, StageError, counting
+from stages.captions.prompt import Template
+from stages.captions.verdict import clean, seed_of
 from stages.engines.base import (
     Answer,
     EngineFailure,
@@ -18,7 +20,7 @@ from stages.engines.base import (
     Result,
     SamplingSettings,
 )
-from stages.recaption import Recaption, RecaptionSettings, Template, clean, seed_of
+from stages.recaption import Recaption, RecaptionSettings
 
 CONTEXT = Context("/work")
 COLUMNS = pa.schema([("clip_id", pa.string()), ("caption", pa.string()), ("fps", pa.float64())])
@@ -48,7 +50,14 @@ class Echo:
 
 
 def make(**settings: object) -> Recaption:
-    settings = {"engine": "openai", "endpoints": ["http://localhost:1"], **settings}
+    """With every answer taken as it is: what quality control does is tests/stages/captions."""
+    taken = {"retries": 0, "fallback": "keep"}
+    settings = {
+        "engine": "openai",
+        "endpoints": ["http://localhost:1"],
+        "quality": taken,
+        **settings,
+    }
     return pickle.loads(pickle.dumps(Recaption(RecaptionSettings(**settings), CONTEXT)))
 
 
@@ -104,7 +113,7 @@ def test_a_prompt_may_come_from_a_file(tmp_path: Path) -> None:
     assert from_file.fingerprint == inline.fingerprint
     with pytest.raises(ValidationError, match=r"gone\.txt can't be read"):
         make(prompt_file=str(tmp_path / "gone.txt"))
-    with pytest.raises(ValidationError, match="keep one"):
+    with pytest.raises(ValidationError, match="prompt and prompt_file are both set: keep one"):
         make(prompt="{caption}", prompt_file=str(file))
 
 
@@ -151,6 +160,14 @@ def test_outcomes_stand_in_the_place_of_their_rows() -> None:
         "recaption_tokens": 3,
         "recaption_prompt_tokens": 7,
         "recaption_truncated": False,
+        "recaption_source": "model",
+        "recaption_attempts": 1,
+        "recaption_flags": ["too_short"],
+        "recaption_words": 1,
+        "recaption_repetition": 0.0,
+        "recaption_foreign": 0.0,
+        "recaption_overlap": None,
+        "recaption_captions": None,
     }
     assert [type(none), none.reason, empty.reason] == [Rejected, "empty_caption", "empty_caption"]
     assert bad == Failed("http_400", "no")
@@ -212,6 +229,9 @@ def test_only_what_changes_results_is_in_the_fingerprint() -> None:
         make(max_model_len=100),
         make(engine_args={"quantization": "fp8"}),
         make(engine="transformers"),
+        make(preset="vid_gen-45-words"),
+        make(quality={"retries": 1, "fallback": "keep"}),
+        make(quality={"retries": 0, "fallback": "keep", "original": "title"}),
     ]
     assert len({base, *(stage.fingerprint for stage in others)}) == len(others) + 1
 

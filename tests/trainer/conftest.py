@@ -51,6 +51,7 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
         moments: bool = True,
         captions: Callable[[int], str | None] = lambda i: f"a {COLOURS[i % 4]} square, no {i}",
         mean: Callable[[int], float] = float,
+        several: Callable[[int], dict[str, str] | None] = lambda i: None,
     ) -> Made:
         folder = tmp_path / "work"
         spec = LatentSpec(
@@ -96,6 +97,7 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
                         "shard": name,
                         "row": row,
                         "shape": list(data.shape),
+                        "captions": by_kind(several(number)),
                     }
                 )
                 number += 1
@@ -110,6 +112,10 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
         return Made(url, spec, clips, texts, shards)
 
     return make
+
+
+def by_kind(texts: dict[str, str] | None) -> list[dict[str, str]] | None:
+    return texts and [{"kind": kind, "text": text} for kind, text in texts.items()]
 
 
 def as_bytes(values: np.ndarray, dtype: str) -> bytes:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -203,6 +205,90 @@ def test_captions_drop_at_batch_one_as_often_as_told(make_index: Any, settings_o
         by_clip[batch.clip_ids[0]] += gone
         assert gone or batch.captions[0] == made.captions[batch.clip_ids[0]]
     assert all(30 < count < 80 for count in by_clip.values())  # not the same clips every epoch
+
+
+def kinds_of(number: int) -> dict[str, str] | None:
+    """Clip 0 has no others, clip 1 only a short one."""
+    kinds = ("short",) if number == 1 else ("short", "medium", "long")
+    return {kind: f"{kind} {number}" for kind in kinds} if number else None
+
+
+WEIGHTS = {"short": 1, "medium": 2, "caption": 3, "long": 0}
+
+
+def test_captions_are_drawn_by_their_weights(make_index: Any, settings_of: Any) -> None:
+    made = make_index(sizes=(10,), captions=lambda i: f"caption {i}", several=kinds_of)
+    batches = []
+    for seed in range(4):
+        how = {"batch_size": 10, "caption_dropout": 0.25, "captions": WEIGHTS, "seed": seed}
+        batches += take(Loader(made.open(), settings_of(made, **how)), 300)
+    drawn: dict[int, Counter[str]] = defaultdict(Counter)
+    for batch in batches:
+        for clip, text in zip(batch.clip_ids, batch.captions):
+            number = int(clip[-2:])
+            assert text in ("", f"{text.split(' ')[0]} {number}")
+            drawn[number][text.split(" ")[0]] += 1
+    assert set(drawn[0]) == {"", "caption"}, "of none its own"
+    assert set(drawn[1]) == {"", "caption", "short"}
+    whole = sum((drawn[n] for n in range(2, 10)), Counter())
+    assert set(whole) == {"", "short", "medium", "caption"}
+
+    def close(found: int, share: float, of: int) -> bool:
+        return abs(found - share * of) <= 3 * math.sqrt(of * share * (1 - share))
+
+    shares = {"": 0.25, "short": 0.75 / 6, "medium": 0.75 / 3, "caption": 0.75 / 2}
+    assert all(close(whole[kind], share, 9600) for kind, share in shares.items()), whole
+    assert close(drawn[1]["short"], 0.75 / 4, 1200), "the rest is shared out"
+
+
+def test_the_draw_is_of_the_visit_alone(make_index: Any, settings_of: Any) -> None:
+    made = make_index(captions=lambda i: f"caption {i}", several=kinds_of)
+    settings = settings_of(made, captions=WEIGHTS)
+
+    def told(batches: list[Batch]) -> dict[tuple[int, str], str]:
+        return {v: t for b in batches for v, t in zip(zip(b.epochs, b.clip_ids), b.captions)}
+
+    batches = take(Loader(made.open(), settings), 42)  # 8 epochs
+    whole = told(batches)
+    resumed = told(take(Loader(made.open(), settings), 12, batches[29].position))
+    assert resumed.items() <= whole.items()
+    assert len(resumed) == 48
+    for rank in range(3):
+        part = told(take(Loader(made.open(), settings, rank, 3), 14))
+        assert part.items() <= whole.items()
+    epochs = [tuple(whole[e, c] for c in sorted(made.clips)) for e in range(8)]
+    assert len(set(epochs)) == 8, "another draw in each epoch"
+
+
+def test_weights_leave_the_dropout_where_it_was(make_index: Any, settings_of: Any) -> None:
+    made = make_index(several=kinds_of)
+    plain, drawn = (
+        take(Loader(made.open(), settings_of(made, caption_dropout=0.5, captions=weights)), 20)
+        for weights in ({}, WEIGHTS)
+    )
+    gone = [
+        [text == "" for batch in batches for text in batch.captions] for batches in (plain, drawn)
+    ]
+    assert gone[0] == gone[1]
+
+
+def test_a_kind_that_no_clip_has_is_an_error(make_index: Any, settings_of: Any) -> None:
+    made = make_index(several=kinds_of)
+    with pytest.raises(SettingsError, match=r"a weight for shrt.*caption, long, medium, short"):
+        Loader(made.open(), settings_of(made, captions={"shrt": 1}))
+    with pytest.raises(SettingsError, match="above 0"):
+        settings_of(made, captions={"short": 0})
+    with pytest.raises(SettingsError, match=r"train\.captions\.short is -1"):
+        settings_of(made, captions={"short": -1})
+
+
+def test_an_index_of_before_there_were_several_is_read(make_index: Any, settings_of: Any) -> None:
+    index = make_index().open()
+    old = replace(index, table=index.table.drop_columns(["captions"]))
+    settings = settings_of(make_index())
+    assert (
+        take(Loader(old, settings), 1)[0].captions == take(Loader(index, settings), 1)[0].captions
+    )
 
 
 # ----------------------------------------------------------------------------- what is refused

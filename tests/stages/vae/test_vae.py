@@ -41,6 +41,14 @@ def folder(kind: str, tmp_path: Path) -> str:
     return str(tmp_path / "vae")
 
 
+def test_loading_warns_of_no_module_in_float32(
+    folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    vae = Vae(folder, "bfloat16")
+    assert {p.dtype for p in vae.module.parameters()} == {torch.bfloat16}
+    assert not [record for record in caplog.records if "float32" in record.getMessage()]
+
+
 @pytest.fixture
 def three(kind: str) -> torch.Tensor:
     return clips(3, 9 if FAMILIES[KINDS[kind][0]].video else 6)

@@ -1,0 +1,30 @@
+"""Captions made up by hand, good ones and ones with a planted fault: what the checks must tell
+apart. The first half was written before the checks were, the second one after them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FILES = [Path(__file__).with_name(f"planted-{half}.txt") for half in (1, 2)]
+
+
+@dataclass(frozen=True)
+class Planted:
+    half: int
+    fault: str  # the flag that must be found; good: none may be
+    truncated: bool  # as the engine says
+    original: str
+    answer: str
+
+
+def planted() -> list[Planted]:
+    found = []
+    for half, file in enumerate(FILES, 1):
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            if line.startswith("#"):
+                continue
+            fault, original, answer = (part.strip() for part in line.split("|", 2))
+            text = answer.replace("\\n", "\n")
+            found.append(Planted(half, fault.lstrip("+"), fault.startswith("+"), original, text))
+    return found
