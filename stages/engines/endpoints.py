@@ -1,10 +1,10 @@
 """Which server gets the next request, and how many at once each gets.
 
 An endpoint's limit adapts as TCP's does (RFC 5681): doubled with each round that goes well until
-the first that does not, then one more a round; halved where more than a few of a round's answers
-say that it is too much (429, time-outs, 5xx). Fewer are noise, which fewer requests would not
-lessen. One that is not there, or has not answered for long, is set aside, and tried with a single
-request from time to time until it is back.
+the first that does not, then one more a round; halved where most of a round's answers say that it
+is too much (429, time-outs, 5xx), an eighth less where over a quarter do. Fewer are noise, which
+fewer requests would not lessen. One that is not there, or has not answered for long, is set aside,
+and tried with a single request from time to time until it is back.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from stages.backoff import LONGEST_WAIT, pause
 from stages.engines.base import EngineFailure
 
 START = 8  # requests at once, at first
-ROUND = 8  # answers that make a round, at least
-TOO_MANY = 0.25  # of a round
+ROUND = 32  # answers that make a round, at least: of fewer, chance says too much
+MANY, TOO_MANY = 1 / 4, 1 / 2  # of a round
 MISSES = 10  # faults in a row after which an endpoint is set aside
 ABSENT = "engine_unreachable"
 # What all requests meet alike: a key or a model that it does not know.
@@ -119,8 +118,10 @@ class Endpoint:
         self._overloads += overloaded
         if self._answers < max(ROUND, self.limit):
             return
-        if self._overloads > TOO_MANY * self._answers:
-            self.limit, self._doubling = max(1, self.limit // 2), False
+        share = self._overloads / self._answers
+        if share > MANY:
+            less = self.limit // (2 if share > TOO_MANY else 8)
+            self.limit, self._doubling = max(1, self.limit - max(1, less)), False
         else:
             more = self.limit if self._doubling else 1
             self.limit = min(self._most, self.limit + more)
@@ -141,7 +142,8 @@ class Endpoints:
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.all = tuple(endpoints)
         self._turn = 0
-        self._changed = asyncio.Condition()
+        # No asyncio.Condition: cancelled while it is waited for, its lock may stay locked (3.11).
+        self._waiting: set[asyncio.Future[None]] = set()
 
     @property
     def room(self) -> int:
@@ -160,28 +162,32 @@ class Endpoints:
     async def place(self, tried: Collection[Endpoint], barred: Collection[Endpoint]) -> Try:
         """Waits for a place: at one of `tried` only where no other is at work, at one of `barred`
         never. Raises Nobody where there is none to be hoped for."""
-        async with self._changed:
-            while True:
-                open_ = [e for e in self._in_turn() if e not in barred]
-                if not open_ or self.given_up:
-                    raise Nobody
-                now = time.monotonic()
-                others = [e for e in open_ if e not in tried]
-                if any(e.sound(now) for e in others):
-                    open_ = others
-                chosen = next((e for e in open_ if e.free(now)), None)
-                if chosen is not None:
-                    self._turn = self.all.index(chosen) + 1
-                    return chosen.begin()
-                later = [e.until - now for e in open_ if e.until > now]
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), min(later, default=None))
+        while True:
+            open_ = [e for e in self._in_turn() if e not in barred]
+            if not open_ or self.given_up:
+                raise Nobody
+            now = time.monotonic()
+            others = [e for e in open_ if e not in tried]
+            if any(e.sound(now) for e in others):
+                open_ = others
+            chosen = next((e for e in open_ if e.free(now)), None)
+            if chosen is not None:
+                self._turn = self.all.index(chosen) + 1
+                return chosen.begin()
+            later = [e.until - now for e in open_ if e.until > now]
+            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.add(change)
+            try:
+                await asyncio.wait([change], timeout=min(later, default=None))
+            finally:
+                self._waiting.discard(change)
 
-    async def leave(self, one: Try) -> None:
-        """The place is free again, or what is known of its endpoint has changed."""
+    def leave(self, one: Try) -> None:
+        """The place is free again, and what is known of its endpoint may have changed."""
         one.endpoint.flying -= 1
-        async with self._changed:
-            self._changed.notify_all()
+        for change in self._waiting:
+            if not change.done():
+                change.set_result(None)
 
     def _in_turn(self) -> tuple[Endpoint, ...]:
         start = self._turn % len(self.all)

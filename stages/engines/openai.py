@@ -217,7 +217,7 @@ class OpenAIEngine:
                 else:
                     endpoint.answered(place)  # the fault is the request's
             finally:
-                await self._endpoints.leave(place)
+                self._endpoints.leave(place)
             tried.add(endpoint)
             if got.error in REFUSED:
                 barred[endpoint] = failure

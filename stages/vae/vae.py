@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
 from stages.devices import usable
-from stages.models import folder_sha256
+from stages.models import check_weights, folder_sha256
 from stages.remember import remembered
 from stages.vae.families import channels_of, constants_of, scaling_of, shape_of
 from stages.vae.halving import Halving, whole
@@ -76,9 +76,12 @@ class Vae:
         self.dtype: torch.dtype = getattr(torch, dtype)
         try:
             cls = getattr(diffusers, self.shape.class_name)
-            module = cls.from_pretrained(folder, torch_dtype=torch.float32)
+            module, loading = cls.from_pretrained(
+                folder, torch_dtype=torch.float32, output_loading_info=True
+            )
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             raise StageError(f"the VAE in {folder} can't be loaded: {error}") from error
+        check_weights(module, loading, folder)
         self.channels = channels_of(module)
         self.shift, self.scale = scaling_of(module)  # before those among the weights are rounded
         # PyTorch's own `to`: that of diffusers warns of modules that it would keep in float32, of

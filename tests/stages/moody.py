@@ -31,7 +31,7 @@ FAULTS = (
 
 
 def at_random(share: float, seed: int = 0) -> Mood:
-    """That share of all tries meets a fault, each kind as often as any other."""
+    """That share of all tries meets a fault, each kind as waits as any other."""
 
     def mood(prompt: str, nth: int) -> str | None:
         draw = random.Random(f"{seed}:{prompt}:{nth}")
@@ -75,6 +75,7 @@ class Moody:
         at: TracebackType | None,
     ) -> None:
         self.close()
+        asyncio.run_coroutine_threadsafe(self._rest(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -100,6 +101,14 @@ class Moody:
         if runner is not None:
             await runner.cleanup()
 
+    async def _rest(self) -> None:
+        """Ends what is still being answered, without a word about it."""
+        self._loop.set_exception_handler(lambda loop, told: None)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         question = json.loads(await request.read())
         prompt = question["messages"][0]["content"]
@@ -110,6 +119,8 @@ class Moody:
         self.most = max(self.most, self.now)
         try:
             return await self._fault(fault, request) if fault else await self._fine(prompt)
+        except ConnectionError:  # who asks for an endless answer hangs up
+            return web.Response()
         finally:
             self.now -= 1
 
@@ -130,7 +141,8 @@ class Moody:
             return web.json_response({"error": "slow down"}, status=429, headers=headers)
         if fault == "500":
             return web.Response(status=500, text="<html>")
-        await asyncio.sleep(self.patience if fault == "slow" else self.delay)
+        waits = {"slow": self.patience, "cut": self.delay / 2, "endless": 0.0}
+        await asyncio.sleep(waits.get(fault, self.delay))
         if fault == "slow":
             return web.json_response({})
         if fault == "wrong JSON":

@@ -12,7 +12,7 @@ from web import Web
 
 from stages.base import StageError
 from stages.engines.base import Answer, EngineFailure, Request, Result, SamplingSettings, ask
-from stages.engines.endpoints import MISSES, START, Endpoint
+from stages.engines.endpoints import MISSES, ROUND, START, Endpoint
 from stages.engines.openai import OpenAIEngine
 
 SAMPLING = SamplingSettings(max_tokens=64)
@@ -206,16 +206,16 @@ def rounds(one: Endpoint, faults: str, answers: int) -> None:
 def test_the_limit_doubles_until_it_is_too_much_and_then_grows_by_one() -> None:
     one = endpoint()
     seen = [one.limit]
-    for faults in ("", "", "o" * 12, "", "o" * 2, "n" * 9):
-        rounds(one, faults, one.limit - faults.count("o"))
+    for faults in ("", "", "o" * 17, "", "o" * 8, "n" * 9, "o" * 9):
+        rounds(one, faults, ROUND - faults.count("o"))
         seen.append(one.limit)
-    assert seen == [8, 16, 32, 16, 17, 18, 19]
+    assert seen == [8, 16, 32, 16, 17, 18, 19, 17]
 
 
 def test_answers_of_an_earlier_round_do_not_count() -> None:
     one = endpoint()
-    late = [one.begin() for _ in range(8)]
-    rounds(one, "o" * 8, 0)
+    late = [one.begin() for _ in range(ROUND)]
+    rounds(one, "o" * ROUND, 0)
     assert one.limit == 4
     for each in late:
         one.failed(each, fault("http_429"), None, 0.0)
