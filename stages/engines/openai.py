@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -166,7 +167,8 @@ class OpenAIEngine:
             return
         if self._session is not None:
             closing = asyncio.run_coroutine_threadsafe(self._session.close(), self._loop)
-            closing.result(CLOSE_SECONDS)
+            with suppress(TimeoutError):
+                closing.result(CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_SECONDS)
         self._loop.close()

@@ -11,6 +11,7 @@ import gc
 import itertools
 from collections import Counter, deque
 from collections.abc import Generator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from stages.base import StageError, tell
@@ -55,7 +56,7 @@ class VllmEngine:
         }
         self._room = max_model_len
         self._ids = itertools.count()
-        self._broken: str | None = None  # it died too often: not started again in this worker
+        self._broken: str | None = None  # it died too often, or for good
         self._start()
 
     def _start(self) -> None:
@@ -109,7 +110,8 @@ class VllmEngine:
                         yield held.pop(output.request_id)[0], _answer(output)
         finally:
             if held and self._llm is not None:
-                self._llm.llm_engine.abort_request(list(held))
+                with suppress(EngineDeadError):
+                    self._llm.llm_engine.abort_request(list(held))
 
     def _fill(
         self,
@@ -164,7 +166,11 @@ class VllmEngine:
             )
             raise StageError(self._broken) from error
         tell(f"vLLM's engine died with {held} requests, and is started again: {first}")
-        self._start()
+        try:
+            self._start()
+        except StageError as fault:
+            self._broken = str(fault)
+            raise
 
     def _shut(self) -> None:
         """vLLM ends its engine's process when the LLM is collected."""

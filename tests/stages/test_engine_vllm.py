@@ -205,6 +205,20 @@ def test_a_request_that_kills_the_engine_fails_alone(stand_in: type[StandIn]) ->
     assert stand_in.started == 4
 
 
+def test_an_engine_that_does_not_start_again_is_given_up(
+    stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = small()
+
+    def out_of_memory(self: StandIn, model: str, **settings: Any) -> None:
+        raise RuntimeError("Engine core initialization failed")
+
+    monkeypatch.setattr(StandIn, "__init__", out_of_memory)
+    for _ in range(2):
+        with pytest.raises(StageError, match="Engine core initialization failed"):
+            ask(engine, [Request("dog", 1), Request("die", 2)], SamplingSettings(5))
+
+
 def test_an_engine_that_only_dies_is_given_up(stand_in: type[StandIn]) -> None:
     engine = small()
     with pytest.raises(StageError, match="died 4 times without an answer between"):
