@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,19 @@ def model_identity(
         return {"id": spec, "revision": revision or "main", "subfolder": subfolder}
     check(spec, subfolder)
     return {"sha256": folder_sha256(folder / subfolder if subfolder else folder)}
+
+
+def check_weights(module: Any, loading: Mapping[str, Any], folder: str) -> None:
+    """Raises StageError where the files of `folder` lack weights of `module`: libraries fill these
+    with random numbers. `loading`: what `from_pretrained` says with `output_loading_info`."""
+    own = {name for name, _ in module.named_parameters()}
+    lacking = sorted(own.intersection(loading["missing_keys"]))
+    if lacking:
+        some = ", ".join(lacking[:2]) + ", ..." * (len(lacking) > 2)
+        raise StageError(
+            f"{folder} lacks {len(lacking)} weights of its {type(module).__name__} ({some}): fetch "
+            "it anew, or name the folder of the whole model"
+        )
 
 
 def model_label(spec: str, revision: str | None, folder: str) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from manifests.schema import digest
 from stages.base import Failed, StageError
 from stages.devices import usable
+from stages.models import check_weights
 from stages.vae.halving import Halving
 
 if TYPE_CHECKING:
@@ -122,9 +123,14 @@ class TextEncoder:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 tokenizer, local_files_only=True, trust_remote_code=False
             )
-            module = cls.from_pretrained(
-                folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+            module, loading = cls.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+            check_weights(module, loading, folder)
             self._module = module.to(place).eval().requires_grad_(False)
         except (*_BROKEN, SafetensorError) as error:
             first = str(error).strip().splitlines()[0]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
 from stages.devices import usable
-from stages.models import folder_sha256
+from stages.models import check_weights, folder_sha256
 from stages.remember import remembered
 from stages.vae.families import channels_of, constants_of, scaling_of, shape_of
 from stages.vae.halving import Halving, whole
@@ -76,9 +76,12 @@ class Vae:
         self.dtype: torch.dtype = getattr(torch, dtype)
         try:
             cls = getattr(diffusers, self.shape.class_name)
-            module = cls.from_pretrained(folder, torch_dtype=torch.float32)
+            module, loading = cls.from_pretrained(
+                folder, torch_dtype=torch.float32, output_loading_info=True
+            )
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             raise StageError(f"the VAE in {folder} can't be loaded: {error}") from error
+        check_weights(module, loading, folder)
         self.channels = channels_of(module)
         self.shift, self.scale = scaling_of(module)  # before those among the weights are rounded
         # PyTorch's own `to`: that of diffusers warns of modules that it would keep in float32, of
@@ -168,7 +171,7 @@ class Vae:
                 parts = self._halving(latents, every, size, shape[1:])
         arrived = None
         if self._copies is not None:
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             arrived.record(torch.cuda.current_stream(self.device))
         return Encoded(parts, frames, arrived)
 
@@ -217,7 +220,9 @@ class Vae:
         on: list[Any] = [self.device.type, torch.__version__]
         if self.device.type == "cuda":
             known = torch.cuda.get_device_properties(self.device)
-            on += [known.name, known.total_memory]
+            # Other processes on the card leave less: what fitted then is no rule for an empty one.
+            free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+            on += [known.name, known.total_memory, 8 * free // known.total_memory]
         how = [str(self.dtype), asdict(self.options)]
         key = ["batch", self.sha256, list(shape), *how, *on]
         most = min(MOST, BYTES // clip.nbytes)

@@ -61,7 +61,8 @@ class Recaption(Shout):
 
 
 def toys(folder: Path, captions: Sequence[str | None] = CAPTIONS, **settings: Any) -> Pipeline:
-    return pipeline(folder, captions, (Length, Limit, Recaption, Encode), settings)
+    stages = (Length, Limit, Recaption, Encode)
+    return pipeline(folder, captions, stages, settings, {"unit_size": 4})
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 from encoders import KINDS, ROOM, WORDS, make
+from safetensors.torch import load_file, save_file
 
 from stages.base import Context, Failed, StageError
 from stages.embed import Embed, EmbedSettings
@@ -248,6 +249,18 @@ def test_a_batch_that_does_not_fit_is_halved(t5: Path, monkeypatch: pytest.Monke
     for text, other in zip(texts, wanted, strict=True):
         torch.testing.assert_close(tensor(text), tensor(other), atol=1e-5, rtol=0)
     assert isinstance(lost, Failed) and lost.error == "out_of_memory"
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers, others in each worker."""
+    folder = make(tmp_path / "encoder", "umt5")
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    name = "encoder.block.1.layer.0.SelfAttention.o.weight"
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(StageError, match=rf"lacks 1 weights of its UMT5EncoderModel \({name}\)"):
+        loaded(folder)
 
 
 def test_what_is_not_finite_is_told(t5: Path) -> None:

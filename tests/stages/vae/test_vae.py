@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import KINDS, tiny
 
 from stages.base import Failed, StageError
@@ -39,6 +40,18 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def folder(kind: str, tmp_path: Path) -> str:
     return str(tmp_path / "vae")
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    tiny("sd").save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    del weights["encoder.conv_in.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        StageError, match=r"lacks 1 weights of its AutoencoderKL \(encoder\.conv_in"
+    ):
+        Vae(str(tmp_path))
 
 
 def test_loading_warns_of_no_module_in_float32(
