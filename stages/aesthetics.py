@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stages.base import Failed, StageError
 from stages.devices import usable
 from stages.media.picture import Pixels
+from stages.models import check_weights
 from stages.vae.halving import Halving, whole
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ class Aesthetics:
 
         self.device, self.pictures = usable(device), pictures
         self._halving = Halving()
-        model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
+        model, loading = CLIPModel.from_pretrained(
+            clip, dtype=torch.float32, output_loading_info=True
+        )
+        check_weights(model, loading, clip)
         self.clip: Any = model.to(self.device).eval()
         self.side = int(model.config.vision_config.image_size)
         weight, bias = head_of(load(head), head)

@@ -23,6 +23,7 @@ from stages.engines.base import (
     taken,
     too_long,
 )
+from stages.models import check_weights
 from stages.vae.halving import Halving
 
 
@@ -82,12 +83,14 @@ class TransformersEngine:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 trust_remote_code=False,  # never: not even where the folder asks for it
+                output_loading_info=True,
             )
+            check_weights(model, loading, folder)
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             first = str(error).strip().splitlines()[0]
             raise StageError(f"{folder} is no language model for transformers: {first}") from error

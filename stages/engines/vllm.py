@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 from collections import Counter, deque
 from collections.abc import Generator, Mapping
 from contextlib import suppress
@@ -29,6 +30,7 @@ from stages.engines.base import (
 # Requests that wait in the engine, over those that it runs at once: the next are there in time.
 WAITING = 0.25
 DEATHS = 3  # of the engine, the last with one request alone, after which this is not asked again
+PULSE_SECONDS = 0.5
 RESTARTS = 3  # in a row, with no answer between
 
 
@@ -73,6 +75,10 @@ class VllmEngine:
         self._tokenizer = self._llm.get_tokenizer()
         seats = int(self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs)
         self._most = seats + max(1, int(WAITING * seats))
+        self._over = threading.Event()
+        core = getattr(self._llm.llm_engine, "engine_core", None)
+        if hasattr(core, "resources"):  # else it is in this process
+            threading.Thread(target=_watch, args=(core, self._over), daemon=True).start()
 
     def stream(
         self, requests: Requests, sampling: SamplingSettings
@@ -174,11 +180,23 @@ class VllmEngine:
 
     def _shut(self) -> None:
         """vLLM ends its engine's process when the LLM is collected."""
+        self._over.set()
         self._llm = None
         gc.collect()
 
     def close(self) -> None:
         self._shut()
+
+
+def _watch(core: Any, over: threading.Event) -> None:
+    """Wakes who waits for an engine that was killed: vLLM's own synchronous client, which knows of
+    it, does so only where the engine could still say that it dies (0.29.0)."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    while not over.wait(PULSE_SECONDS):
+        if core.resources.engine_dead:
+            core.outputs_queue.put_nowait(EngineDeadError())
+            return
 
 
 def _answer(output: Any) -> Answer:

@@ -171,7 +171,7 @@ class Vae:
                 parts = self._halving(latents, every, size, shape[1:])
         arrived = None
         if self._copies is not None:
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             arrived.record(torch.cuda.current_stream(self.device))
         return Encoded(parts, frames, arrived)
 
@@ -220,7 +220,9 @@ class Vae:
         on: list[Any] = [self.device.type, torch.__version__]
         if self.device.type == "cuda":
             known = torch.cuda.get_device_properties(self.device)
-            on += [known.name, known.total_memory]
+            # Other processes on the card leave less: what fitted then is no rule for an empty one.
+            free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+            on += [known.name, known.total_memory, 8 * free // known.total_memory]
         how = [str(self.dtype), asdict(self.options)]
         key = ["batch", self.sha256, list(shape), *how, *on]
         most = min(MOST, BYTES // clip.nbytes)

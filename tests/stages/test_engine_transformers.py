@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import stages
 from stages.base import Context, StageError
@@ -235,3 +237,14 @@ def test_the_demos_captioner_rewrites_through_the_stage() -> None:
     facts = [(one.shape, one.colour, one.direction) for one in map(scene, range(16))]
     assert sum(named(w) == f for w, f in zip(written, facts)) >= 15
     assert not set(written) & {row["caption"] for row in rows}
+
+
+def test_a_folder_that_lacks_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers would fill them with random numbers, others in each worker."""
+    lacking = shutil.copytree(folder, tmp_path / "model")
+    weights = load_file(lacking / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    del weights[name]
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match=rf"lacks 1 weights of its LlamaForCausalLM \({name}\)"):
+        TransformersEngine(str(lacking), "tiny", "float32", "cpu", 4, {})

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,7 @@ class StandIn:
 
     started = 0
     mortal = 10**9
+    silent = 0
     most = 0  # that it ever held
 
     def __init__(self, model: str, **settings: Any) -> None:
@@ -81,6 +83,8 @@ class StandIn:
         seats = SimpleNamespace(max_num_seqs=settings.get("max_num_seqs", 4))
         self.vllm_config = SimpleNamespace(scheduler_config=seats)
         self.held: list[tuple[str, list[int], Any]] = []
+        state = SimpleNamespace(engine_dead=False)
+        self.engine_core = SimpleNamespace(resources=state, outputs_queue=SimpleQueue())
 
     def get_tokenizer(self) -> Letters:
         return Letters()
@@ -96,6 +100,10 @@ class StandIn:
         if StandIn.mortal and any("die" in "".join(map(chr, one[1])) for one in self.held):
             StandIn.mortal -= 1
             raise Dead("it is no more")
+        if StandIn.silent and len(self.held) == 2:  # killed before it could say so
+            StandIn.silent -= 1
+            self.engine_core.resources.engine_dead = True
+            raise self.engine_core.outputs_queue.get(timeout=10)
         name, prompt, how = self.held.pop()
         tokens = prompt[: how.max_tokens]
         reason = "length" if len(tokens) == how.max_tokens else "stop"
@@ -121,7 +129,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    for name, value in (("started", 0), ("mortal", 10**9), ("most", 0)):
+    for name, value in (("started", 0), ("mortal", 10**9), ("silent", 0), ("most", 0)):
         monkeypatch.setattr(StandIn, name, value)
     return StandIn
 
@@ -194,6 +202,13 @@ def test_a_death_of_the_engine_costs_no_request(stand_in: type[StandIn]) -> None
     prompts = ["dog", "die", *["cat"] * 10]
     results = ask(small(), [Request(p, 1) for p in prompts], SamplingSettings(5))
     assert [r.text for r in results] == [f"{p}/1" for p in prompts]
+    assert stand_in.started == 2
+
+
+def test_an_engine_that_dies_without_a_word_is_noticed(stand_in: type[StandIn]) -> None:
+    stand_in.silent = 1
+    results = ask(small(), [Request("dog", n) for n in range(9)], SamplingSettings(5))
+    assert [r.text for r in results] == [f"dog/{n}" for n in range(9)]
     assert stand_in.started == 2
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numbered import make
+from safetensors.torch import load_file, save_file
 
 from stages.aesthetics import Aesthetics, head_of, load, predicted
 from stages.base import Context, Failed, StageError
@@ -220,3 +222,14 @@ def test_another_head_is_another_fingerprint(clip_folder: Path, head: Path) -> N
     torch.save({name: value + 1 for name, value in state.items()}, buffer)
     head.write_bytes(buffer.getvalue())
     assert score.fingerprint != before
+
+
+def test_a_clip_folder_that_lacks_weights_is_refused(
+    tmp_path: Path, clip_folder: Path, head: Path
+) -> None:
+    lacking = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(lacking / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match=r"lacks 1 weights of its CLIPModel \(visual_projection"):
+        Aesthetics(str(lacking), str(head), "cpu")
