@@ -146,3 +146,34 @@ def refuses(text: str) -> bool:
 def speaks_of_task(text: str) -> bool:
     """Whether the answer opens or closes with words about the answer or the video."""
     return bool(_META.search(_plain(text)))
+
+
+# Openers that can be cut off, and leave a caption.
+_OPENER = re.compile(
+    _any(
+        r"(?:sure(?: thing)?|certainly|absolutely|of course|okay|ok)[!.,:]\s*",
+        r"(?:here(?:['’]s| is)|below is|the following is) (?:(?:the|a|an|my|your) )?"
+        rf"(?:{_NEW},? )*(?:\w+-word )?{_PRODUCT}\b[^:.\"“]{{0,60}}:\s*",
+        rf"[*#\s]*(?:(?:the|my|a) )?(?:{_NEW} )*{_PRODUCT}(?: \d+)?\s*[*]*:[*\s]*",
+        rf"(?:in )?(?:this|the) {_SHORT}(?:\w+-)?(?:video )?{_THING} (?:shows|depicts|features|"
+        r"captures|displays|presents|portrays|showcases) (?!how\b|that\b|what\b)",
+        rf"in (?:this|the) {_SHORT}(?:video )?{_THING},? (?:we (?:can )?see )?",
+        rf"this is an? {_SHORT}(?:video )?{_THING} of ",
+    ),
+    re.IGNORECASE,
+)
+_CLOSER = re.compile(
+    r"\s*[\[(](?:(?:total|about|word count):? ?)?\d+ words?[\])]\s*\Z", re.IGNORECASE
+)
+
+
+def trimmed(text: str) -> str:
+    """A caption without the words about itself or the video that it opens with, or the count of
+    words that it ends with: "The video shows a dog." is "A dog." """
+    rest = _CLOSER.sub("", text)
+    for _ in range(3):  # "Sure! Here is the caption: The video shows ..."
+        found = _OPENER.match(rest)
+        if found is None:
+            break
+        rest = rest[found.end() :]
+    return text if rest == text else rest[:1].upper() + rest[1:]

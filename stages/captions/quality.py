@@ -47,6 +47,10 @@ class QualitySettings(BaseModel):
     ignore: tuple[Flag, ...] = Field(
         (), description="flags that are written down and refuse nothing"
     )
+    trim: bool = Field(
+        True,
+        description="cut off openers (`The video shows`, `Sure! Here is ...:`) before checking",
+    )
     min_words: int = Field(2, ge=0, description="fewer: `too_short`")
     max_words: int | None = Field(
         None, ge=1, description="more: `too_long`; default: half over what the preset asks for"

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from manifests.shards import CAPTIONS
 from stages.base import Failed, Outcome, Rejected, Row
+from stages.captions.phrases import trimmed
 from stages.captions.prompt import Prompt
 from stages.captions.quality import FLAGS, Checked, QualitySettings, examine
 from stages.engines.base import Answer
@@ -68,6 +69,7 @@ def judge(
     """Reads and checks one answer."""
     if prompt.schema is None:
         text = clean(answer.text)
+        text = clean(trimmed(text)) if settings.trim else text
         most = prompt.max_words
         return Verdict(text, None, examine(text, settings, original, answer.truncated, most))
     parts = read_parts(answer.text, prompt)
@@ -77,6 +79,8 @@ def judge(
         flags = {"bad_json", *(f for f in found.flags if f in ("empty", "refusal"))}
         flags |= {"truncated"} if answer.truncated else set()
         return Verdict("", None, _with_flags(found, flags))
+    if settings.trim:
+        parts |= {kind: clean(trimmed(parts[kind])) for kind in prompt.captions}
     each = {
         kind: examine(parts[kind], settings, original, answer.truncated) for kind in prompt.captions
     }

@@ -143,6 +143,15 @@ def test_a_fault_of_the_engine_is_no_fault_of_the_caption() -> None:
     assert outcome == Failed("timeout", "no answer"), "not the original, because of a busy server"
 
 
+def test_an_opener_costs_no_further_answer() -> None:
+    engine = Scripted(lambda prompt, times: said(f"Sure! Here is the caption: {GOOD}"))
+    (outcome,) = run(make(), engine, ORIGINAL)
+    assert (outcome["recaption"], outcome["recaption_attempts"]) == (GOOD, 1)
+    assert outcome["recaption_raw"].startswith("Sure!")
+    (strict,) = run(make(quality={"trim": False}), engine, ORIGINAL)
+    assert (strict["recaption_source"], strict["recaption_flags"]) == ("original", ["meta"])
+
+
 def test_thresholds_are_settings_and_change_the_fingerprint() -> None:
     text = "A brown dog runs along the beach and then on along the beach."
     engine = Scripted(lambda prompt, times: said(text))
@@ -249,7 +258,7 @@ def test_a_structured_answer_is_several_captions() -> None:
         ("[" * 100_000, ["bad_json"]),
         (BAD, ["bad_json", "refusal"]),
         ("", ["empty", "bad_json"]),
-        (json.dumps({**PARTS, "short": "This video shows a brown dog."}), ["meta"]),
+        (json.dumps({**PARTS, "short": "The video begins with a brown dog."}), ["meta"]),
         (json.dumps({**PARTS, "long": BAD}), ["refusal"]),
     ],
 )

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from planted import planted
 
 from stages.captions.language import foreign
+from stages.captions.phrases import trimmed
 from stages.captions.quality import QualitySettings, cut_off, examine
 from stages.captions.words import content, overlap, repetition, stem, unquoted, words
 
@@ -53,6 +55,35 @@ def test_quotations_are_somebody_elses_words() -> None:
     for quoted in ('"no"', "“no”", "'no'", "«no»", "„no“", "「no」"):
         assert unquoted(f"A sign says {quoted} here").split() == ["A", "sign", "says", "here"]
     assert unquoted("the dogs' bowl and the cat's bowl") == "the dogs' bowl and the cat's bowl"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The video shows a dog on a beach.",
+        "This short video captures a dog on a beach.",
+        "In this video, a dog on a beach.",
+        "In the clip, we see a dog on a beach.",
+        "Sure! Here's the rewritten caption: A dog on a beach.",
+        "Here is a concise rewrite in under 45 words: The video features a dog on a beach.",
+        "**Caption:** A dog on a beach.",
+        "Rewritten caption: A dog on a beach. (6 words)",
+        "This is a video of a dog on a beach.",
+    ],
+)
+def test_an_opener_is_cut_off_where_a_caption_is_left(text: str) -> None:
+    assert trimmed(text) == "A dog on a beach."
+
+
+def test_nothing_else_is_cut_off() -> None:
+    good = [p.answer for p in planted() if p.fault == "good"]
+    assert [trimmed(text) for text in good] == good
+    for text in (
+        "The video shows how bread is baked.",
+        "The video begins.",
+        "Sure-footed goats climb.",
+    ):
+        assert trimmed(text) == text
 
 
 ENGLISH = "A dog runs along the beach while the waves break."
