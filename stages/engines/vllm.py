@@ -76,7 +76,7 @@ class VllmEngine:
         seats = int(self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs)
         self._most = seats + max(1, int(WAITING * seats))
         self._over = threading.Event()
-        core = getattr(self._llm.llm_engine, "engine_core", None)
+        core = self._llm.llm_engine.engine_core
         if hasattr(core, "resources"):  # else it is in this process
             threading.Thread(target=_watch, args=(core, self._over), daemon=True).start()
 
@@ -179,9 +179,13 @@ class VllmEngine:
             raise
 
     def _shut(self) -> None:
-        """vLLM ends its engine's process when the LLM is collected."""
+        """Ends the engine's processes, which live on while anything refers to the LLM."""
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
         self._over.set()
-        self._llm = None
+        llm.llm_engine.engine_core.shutdown()
+        del llm
         gc.collect()
 
     def close(self) -> None:

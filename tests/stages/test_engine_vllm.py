@@ -49,7 +49,11 @@ def test_vllm_rewrites_through_the_stage(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(failed, EngineFailure)
     assert failed.error == "prompt_too_long"
     assert (cut.tokens, cut.truncated) == (2, True)
+    core = engine._llm.llm_engine.engine_core.resources.engine_manager.processes[0]
+    assert core.is_alive()
     engine.close()
+    core.join(20)
+    assert not core.is_alive()
 
 
 class Letters:
@@ -84,7 +88,13 @@ class StandIn:
         self.vllm_config = SimpleNamespace(scheduler_config=seats)
         self.held: list[tuple[str, list[int], Any]] = []
         state = SimpleNamespace(engine_dead=False)
-        self.engine_core = SimpleNamespace(resources=state, outputs_queue=SimpleQueue())
+        self.ended = False
+        self.engine_core = SimpleNamespace(
+            resources=state, outputs_queue=SimpleQueue(), shutdown=self.end
+        )
+
+    def end(self) -> None:
+        self.ended = True
 
     def get_tokenizer(self) -> Letters:
         return Letters()
@@ -152,6 +162,10 @@ def test_our_side_of_the_interface(stand_in: type[StandIn]) -> None:
     assert [long.error, longer.error] == ["prompt_too_long"] * 2
     assert dog == Answer("dog/2", 3, False, prompt_tokens=3, cached_tokens=1)
     assert house == Answer("house/4", 5, True, prompt_tokens=5, cached_tokens=1)
+    llm = engine._llm
+    engine.close()
+    assert llm.ended
+    engine.close()
     with pytest.raises(StageError, match="nonsense"):
         small(nonsense=1)
 
