@@ -99,6 +99,7 @@ _META = re.compile(
         r"\A(?:sure|certainly|of course|absolutely|okay),",
         r"(?:\A|[.!]\s+)(?:here(?:'s| is| are)|below is|this is|the following is) "
         rf"(?:(?:the|a|an|my|your|one|how) )?(?:{_NEW},? )*(?:\w+-word )?{_PRODUCT}\b",
+        r"\A(?:so,? )?(?:here(?:'s| is)|this is) what\b",
         rf"\A\W*(?:(?:the|my|a) )?(?:{_NEW} )*{_PRODUCT}(?: \d+)?(?: \([^)]*\))?\W*:",
         r"\A(?:(?:the|my) )?(?:rewritten|revised|rephrased|reworded) "
         r"(?:caption|prompt|version)\b",

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from planted import Planted, planted
 
+from stages.captions.prompt import preset
 from stages.captions.quality import Checked, QualitySettings, examine
-from stages.captions.verdict import clean
+from stages.captions.verdict import Verdict, clean, judge
+from stages.engines.base import Answer
 
 ALL = planted()
 GOOD = [p for p in ALL if p.fault == "good"]
@@ -30,3 +34,26 @@ def test_every_planted_fault_is_found(caption: Planted) -> None:
 def test_at_most_two_in_a_hundred_good_captions_are_flagged() -> None:
     flagged = [(p.answer, checked.flags) for p in GOOD if (checked := look(p)).flags]
     assert len(flagged) <= 0.02 * len(GOOD), flagged
+
+
+META = [p for p in BAD if p.fault == "meta"]
+OTHER = [p for p in BAD if p.fault != "meta"]
+
+
+@pytest.mark.parametrize("caption", META, ids=lambda p: p.answer[:40])
+def test_meta_talk_is_cut_off_whole_or_found(caption: Planted) -> None:
+    verdict = told(caption)
+    rest = re.search(
+        r"\b(here|caption|video|clip|rewrit\w*|words?|sure)\b", verdict.caption.lower()
+    )
+    assert verdict.checked.flags or rest is None
+
+
+@pytest.mark.parametrize("caption", OTHER, ids=lambda p: p.answer[:40])
+def test_no_other_fault_is_cut_off(caption: Planted) -> None:
+    assert caption.fault in told(caption).checked.flags
+
+
+def told(caption: Planted) -> Verdict:
+    answer = Answer(caption.answer, 1, caption.truncated)
+    return judge(answer, preset("rewrite"), QualitySettings(), caption.original or None)
