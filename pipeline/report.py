@@ -76,6 +76,17 @@ def tokens(amounts: Mapping[str, int], seconds: Mapping[str, float]) -> str:
     return f", {amounts['tokens'] / spent:.0f} tokens/s a worker{share}"
 
 
+def quality(amounts: Mapping[str, int]) -> str:
+    """`, 31 asked again, 4 left with the original caption`, where a stage refuses answers."""
+    told = {"asked_again": "asked again", "originals": "left with the original caption"}
+    return "".join(f", {amounts[n]} {what}" for n, what in told.items() if amounts.get(n))
+
+
+def _closing(seconds: Mapping[str, float], amounts: Mapping[str, int]) -> str:
+    """What the last line of a stage ends with."""
+    return at_work(seconds) + tokens(amounts, seconds) + quality(amounts)
+
+
 def _raised(receipt: Receipt, told: set[tuple[str, str]]) -> str | None:
     """What a unit raised, where no unit of that stage has raised the same before: a device that a
     worker lacks is met by every unit."""
@@ -124,9 +135,7 @@ class PlainReporter(Reporter):
             amounts = self._amounts.setdefault(receipt.stage, Counter())
             amounts.update(receipt.amounts)
             if plan and units == len(plan.units) and receipt.stage in self._done:
-                self._line(
-                    receipt.stage, time.monotonic(), at_work(seconds) + tokens(amounts, seconds)
-                )
+                self._line(receipt.stage, time.monotonic(), _closing(seconds, amounts))
                 self._said[receipt.stage] = math.inf  # that was its last line
 
     def note(self, text: str) -> None:
@@ -230,7 +239,7 @@ class LiveReporter(Reporter):
                 task = self._tasks[receipt.stage]
                 self._progress.start_task(task)
                 outcomes = describe(self._done.get(receipt.stage, Counts()))
-                outcomes += at_work(seconds) + tokens(amounts, seconds)
+                outcomes += _closing(seconds, amounts)
                 done = max(1, done)
                 self._progress.update(task, total=done, completed=done, outcomes=outcomes)
 

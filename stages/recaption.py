@@ -342,9 +342,12 @@ class Recaption(Stage[RecaptionSettings, Engine]):
                 _counted(result)
                 outcome = self._outcome(was, result, model)
                 if outcome is None:
+                    count("asked_again", 1)
                     asked[number] = replace(was, attempt=was.attempt + 1)
                     again.append(number)
                 else:
+                    if isinstance(outcome, dict) and outcome["recaption_source"] == "original":
+                        count("originals", 1)
                     yield number, outcome
                 while unasked:
                     yield unasked.popleft()

@@ -7,6 +7,8 @@ is not noticed where it shares the script, and neither is a foreign phrase of a 
 
 from __future__ import annotations
 
+from collections import Counter
+
 from stages.captions.words import script, unquoted, words
 
 # The scripts of a language; "LATIN" with the words that few of the others share.
@@ -51,6 +53,10 @@ COMMON: dict[str, frozenset[str]] = {
         "ro": "un o și de la în pe cu care este sunt din spre lângă sub după când",
     }.items()
 }
+_BY_WORD: dict[str, list[str]] = {}
+for _code, _words in COMMON.items():
+    for _word in _words:
+        _BY_WORD.setdefault(_word, []).append(_code)
 LANGUAGES = tuple(sorted({*SCRIPTS, *COMMON}))
 
 
@@ -70,13 +76,14 @@ def foreign(text: str, language: str) -> float:
     if language not in COMMON:
         latin = sum(script(w[0]) == "LATIN" for w in found)
         return max(others, 1.0 if latin * 2 > len(found) + 2 else 0.0)
-    low = [word.lower() for word in found]
-    hits = {code: sum(w in common for w in low) for code, common in COMMON.items()}
-    own = hits.pop(language)
-    most = max(hits.values())
+    hits = Counter(code for word in found for code in _BY_WORD.get(word.lower(), ()))
+    own = hits.pop(language, 0)
+    most = max(hits.values(), default=0)
     return max(others, 1.0 if most >= 3 and most > 2 * own else 0.0)
 
 
 def _strange(word: str, allowed: frozenset[str]) -> bool:
+    if word.isascii():
+        return "LATIN" not in allowed and any(letter.isalpha() for letter in word)
     letter = next((c for c in word if c.isalpha()), "")
     return bool(letter) and script(letter) not in allowed

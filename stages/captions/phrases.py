@@ -46,6 +46,8 @@ _REFUSAL = re.compile(
         rf"(?:\A|[.!?:;]\s+){_SORRY},?(?: but)?,? {_ABOUT}",
         rf"\b(?:i|we) ?{_CANNOT} (?:\w+ly )?(?:be able to )?{_TASK}\b",
         r"\bi (?:must|have to|need to|will|would) (?:respectfully )?(?:decline|refuse)\b",
+        r"\bi(?:'d| would) (?:rather|prefer) not\b",
+        r"\bi need (?:the|a|your|an) (?:\w+ )?(?:caption|video|text|image|description)\b",
         rf"\bas an? {_MODEL}\b(?:.{{0,40}}\b(?:i|my)\b|[^.]{{0,20}}(?:model|assistant))",
         r"\bi (?:do not|don't) have (?:the ability|access|enough|the capability|sufficient|"
         r"any (?:information|context))",
@@ -97,11 +99,13 @@ _META = re.compile(
         r"\A(?:sure|certainly|of course|absolutely|okay),",
         r"(?:\A|[.!]\s+)(?:here(?:'s| is| are)|below is|this is|the following is) "
         rf"(?:(?:the|a|an|my|your|one|how) )?(?:{_NEW},? )*(?:\w+-word )?{_PRODUCT}\b",
-        rf"\A\W*(?:(?:the|my|a) )?(?:{_NEW} )*{_PRODUCT}(?: \([^)]*\))?\W*:",
+        rf"\A\W*(?:(?:the|my|a) )?(?:{_NEW} )*{_PRODUCT}(?: \d+)?(?: \([^)]*\))?\W*:",
         r"\A(?:(?:the|my) )?(?:rewritten|revised|rephrased|reworded) "
         r"(?:caption|prompt|version)\b",
         rf"\A(?:in )?(?:this|the) {_SHORT}(?:\w+-)?(?:video )?{_THING} {_VERB}\b",
         rf"\Ain (?:this|the) {_SHORT}(?:video )?{_THING}(?:,| we| you)",
+        rf"\Ain this (?:\w+ ){{1,2}}{_THING},",
+        r"\Aas (?:requested|instructed|you (?:asked|requested))\b",
         r"\A(?:this|the) (?:opening )?scene "
         r"(?:shows|depicts|captures|features|portrays|displays)\b",
         rf"\A(?:this|it) is an? (?:\w+ )?(?:video )?{_THING} "
@@ -119,6 +123,7 @@ _META = re.compile(
         r"this (?:caption|rewrite|version)|as |since )",
         r"\b(?:the|this|my) (?:rewritten|revised|original|rephrased) "
         r"(?:caption|version|text)\b",
+        r"[\[(](?:note|rewritten|rephrased|revised|this (?:version|caption|rewrite))\b",
         # Marks of a chat template.
         r"<\|?(?:im_end|im_start|end|assistant|user|system|eot_id|endoftext|think)\|?>",
         r"\[/?INST\]",

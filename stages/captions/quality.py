@@ -109,9 +109,9 @@ def examine(
     again = repetition(text)
     strange = 0.0 if settings.language == "any" else foreign(text, settings.language)
     kept = overlap(original, text) if original else None
-    if original and settings.language != "any":
+    if kept is not None and kept < settings.min_overlap and settings.language != "any":
         # Words of two languages are not compared: a translation keeps none.
-        apart = max(strange, foreign(original, settings.language)) > settings.max_foreign
+        apart = max(strange, foreign(original or "", settings.language)) > settings.max_foreign
         kept = None if apart else kept
     most = settings.max_words or max_words
     wrong = {
@@ -136,7 +136,7 @@ _GOES_ON = (
 _LEADING = frozenset(_GOES_ON.split())
 _ABBREVIATIONS = "mr mrs ms dr st prof no vs etc jr sr lt col gen capt fig inc co ft mt"
 _SHORT = frozenset(_ABBREVIATIONS.split())
-_SENTENCE = re.compile(r"(\w+)[.!?]+[\"”’')\]]*\s+(?=[A-Z\"“‘'(])")
+_SENTENCE = re.compile(r"\b(\w+)[.!?]+[\"”’')\]]*\s+(?=[A-Z\"“‘'(])")
 _CLOSED = (".", "!", "?", "…", "。", "！", "？", '"', "”", "’", "'", ")", "]", "»", "*", "」")
 
 

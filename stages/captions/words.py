@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from itertools import pairwise
 
 # Scripts that put no blanks between words: a character is taken for a word.
 UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"})
 
 _WORD = re.compile(r"[^\W_]+(?:['’.,-][^\W_]+)*")
 _QUOTED = re.compile(
-    r"\"[^\"]*\"|“[^”]*”|«[^»]*»|„[^“”]*[“”]|「[^」]*」|(?<!\w)['‘](?:[^'’]|(?<=\w)['’](?=\w))*['’](?!\w)"
+    r"\"[^\"]*\"|“[^“”]*”|«[^«»]*»|„[^„“”]*[“”]|「[^「」]*」|(?<!\w)['‘](?:[^'’]|(?<=\w)['’](?=\w))*['’](?!\w)"
 )
 # English, whose content words are compared; other languages lose a little sharpness.
 _COMMON = (
@@ -93,8 +94,8 @@ def repetition(text: str) -> float:
     that stood before, belong to one word four times in a row, or to two or three words three times
     in a row. 1.0 where a whole sentence of five words or more stands twice."""
     every = [w.lower() for w in words(text)]
-    if not every:
-        return 0.0
+    if len({*pairwise(every)}) >= len(every) - 1:
+        return 0.0  # no two words stand twice in a row, let alone more
     if _twice(text):
         return 1.0
     again = [False] * len(every)

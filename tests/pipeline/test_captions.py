@@ -14,6 +14,7 @@ from pipeline import cli_captions
 from pipeline.captions import check
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
+from pipeline.query import select
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
@@ -68,6 +69,12 @@ def test_flags_fallbacks_and_rejections_are_counted(tmp_path: Path) -> None:
     assert found.flags == {"meta": 1, "too_long": 1}
     assert found.attempts == {1: 8, 3: 1}
     assert found.rejected == {"caption_refusal": 1}
+
+
+def test_flagged_captions_can_be_looked_at(tmp_path: Path) -> None:
+    where = "list_contains(recaption_flags, 'meta') OR recaption_source = 'original'"
+    rows = select(made(tmp_path), "recaption", where, ["caption", "recaption_flags"]).to_pylist()
+    assert rows == [{"caption": "two pigs", "recaption_flags": ["meta", "too_long"]}]
 
 
 def test_any_column_of_text_may_be_looked_at(tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ def test_tokens_are_told_where_a_stage_counts_them() -> None:
     cached = {"tokens": 1000, "prompt_tokens": 400, "cached_tokens": 300}
     assert reports.tokens(cached, seconds).endswith(", 75% of the prompts' tokens cached")
     assert reports.tokens({}, seconds) == reports.tokens({"tokens": 9}, {}) == ""
+    refused = {"tokens": 9, "asked_again": 31, "originals": 4}
+    assert reports.quality(refused) == ", 31 asked again, 4 left with the original caption"
+    assert reports.quality({"tokens": 9, "originals": 0}) == ""
 
 
 def test_long_work_is_told_every_few_seconds_with_the_time_left(

@@ -84,6 +84,23 @@ def test_an_endpoint_may_end_with_the_version(base: str) -> None:
     assert chat_url(base) == "http://h:8000/v1/chat/completions"
 
 
+def test_a_schema_and_a_requests_own_temperature_go_along() -> None:
+    seen: list[dict[str, object]] = []
+
+    def answer(request: Web_Request) -> None:
+        seen.append(asked(request))
+        request.reply(200, completion("{}"))
+
+    schema = {"type": "object", "properties": {"short": {"type": "string"}}}
+    with Web(answer) as web:
+        ask(engine(web.url), [Request("dog", 7, 0.7)], SamplingSettings(64, schema=schema))
+    assert seen[0]["temperature"] == 0.7
+    assert seen[0]["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "caption", "strict": True, "schema": schema},
+    }
+
+
 def test_answers_stand_in_the_order_of_the_requests() -> None:
     def answer(request: Web_Request) -> None:
         time.sleep(0.05 if prompt(request).endswith("0") else 0)

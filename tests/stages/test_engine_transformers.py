@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import stages
 from stages.base import Context, StageError
+from stages.captions.quality import QualitySettings
 from stages.engines.base import EngineFailure, Request, SamplingSettings, ask
 from stages.engines.transformers import GumbelChoice, TransformersEngine
 from stages.models import DEMO
@@ -206,6 +207,14 @@ def test_the_stage_runs_on_a_folder(folder: Path) -> None:
     assert outcomes[0]["recaption_model"].startswith(f"{folder}@")
     small = Recaption(settings.model_copy(update={"batch_size": 1}), Context("/work"))
     assert small.process(rows, small.setup()) == outcomes
+    # Refused, as nonsense is, they are asked again in the same stream, whatever the batch.
+    quality = {"max_words": 1, "min_words": 30, "fallback": "original"}
+    strict = settings.model_copy(update={"quality": QualitySettings(**quality)})
+    again = Recaption(strict, Context("/work")).process(rows, model)
+    assert {(o["recaption_attempts"], o["recaption_source"]) for o in again} == {(3, "original")}
+    assert again[0]["recaption_raw"] != outcomes[0]["recaption_raw"], "the last one was drawn"
+    few = Recaption(strict.model_copy(update={"batch_size": 1}), Context("/work"))
+    assert few.process(rows, few.setup()) == again
     model.close()
 
 

@@ -127,7 +127,10 @@ class StandIn:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     modules = {
         "vllm": {"LLM": StandIn, "SamplingParams": SimpleNamespace},
-        "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(FINAL_ONLY=2)},
+        "vllm.sampling_params": {
+            "RequestOutputKind": SimpleNamespace(FINAL_ONLY=2),
+            "StructuredOutputsParams": SimpleNamespace,
+        },
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.exceptions": {"EngineDeadError": Dead},
@@ -165,6 +168,20 @@ def test_our_side_of_the_interface(stand_in: type[StandIn]) -> None:
     engine.close()
     with pytest.raises(StageError, match="nonsense"):
         small(nonsense=1)
+
+
+def test_a_schema_and_a_requests_own_temperature_go_along(
+    stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked = small(max_num_seqs=4), []
+    add = engine._llm.add_request
+    monkeypatch.setattr(engine._llm, "add_request", lambda *a: (asked.append(a[2]), add(*a)))
+    schema = {"type": "object"}
+    ask(engine, [Request("a", 1), Request("b", 2, 0.7)], SamplingSettings(5, schema=schema))
+    assert [how.temperature for how in asked] == [0.0, 0.7]
+    assert [how.structured_outputs.json for how in asked] == [schema] * 2
+    ask(engine, [Request("a", 1)], SamplingSettings(5))
+    assert not hasattr(asked[-1], "structured_outputs")
 
 
 def test_requests_are_taken_while_others_run(stand_in: type[StandIn]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from stages.base import Context, Failed, Outcome, Rejected, StageError
+from stages.base import Context, Failed, Outcome, Rejected, StageError, counting
 from stages.captions.prompt import FOLDER, preset, presets
 from stages.captions.verdict import read_parts
 from stages.engines.base import Answer, EngineFailure, Request, Requests, Result, SamplingSettings
@@ -101,11 +102,17 @@ def test_the_same_again_whatever_comes_beside_it() -> None:
 
 def test_what_never_passes_falls_back_to_the_original() -> None:
     engine = Scripted(lambda prompt, times: said(BAD))
-    (outcome,) = run(make(), engine, f" {ORIGINAL} ")
+    counted: Counter[str] = Counter()
+    with counting(lambda what, n: counted.update({what: n})):
+        (outcome,) = run(make(), engine, f" {ORIGINAL} ")
     assert (outcome["recaption"], outcome["recaption_source"]) == (ORIGINAL, "original")
     assert outcome["recaption_raw"] == BAD
     assert (outcome["recaption_flags"], outcome["recaption_attempts"]) == (["refusal"], 3)
     assert len(engine.asked) == 3
+    assert counted == {"tokens": 15, "prompt_tokens": 27, "cached_tokens": 0} | {
+        "asked_again": 2,
+        "originals": 1,
+    }
 
 
 def test_or_the_clip_is_rejected_or_the_answer_kept() -> None:

@@ -101,3 +101,28 @@ def test_a_translation_shares_no_words_and_is_not_unrelated() -> None:
 )
 def test_a_cut_end_shows(text: str, cut: bool) -> None:
     assert cut_off(text) is cut
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "part",
+    [
+        "word",
+        "狗",
+        "a'b ",
+        "' ",
+        '"',
+        "“",
+        "(",
+        " ",
+        "W. A ",
+        "not a ",
+        "I can't ",
+        "new ",
+        "-",
+        "1 a ",
+    ],
+)
+def test_endless_answers_are_looked_at_in_linear_time(part: str) -> None:
+    checked = examine(part * 20_000, QualitySettings(), part * 20_000)
+    assert checked.words >= 0
