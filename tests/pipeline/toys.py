@@ -152,6 +152,8 @@ def pipeline(
     made = {
         cls.name: cls(cls.Settings(**(settings or {}).get(cls.name, {})), context) for cls in stages
     }
-    run_settings = RunSettings(**{"runner": "local", "isolate": False, **(run or {})})
+    # A few clips shall make several units, as a large table does.
+    small = {"runner": "local", "isolate": False, "unit_size": 4}
+    run_settings = RunSettings(**small | (run or {}))
     file = str(folder / "vidpipe.yaml")
     return build(Config(file, context.workdir, source, context.sampling, run_settings, {}, made))
