@@ -85,6 +85,10 @@ def compared(made: dag.Pipeline, args: argparse.Namespace) -> list[tuple[str, st
             f"{statistics.median(b / s for b, s in zip(walls['bare'], walls['stage'])):.3f}",
         ),
         (
+            f"{size} px, CPU of the VAE's thread, bare / stage",
+            f"{min(cpu['bare']) / min(cpu['stage']):.3f}",
+        ),
+        (
             f"{size} px, VAE at work",
             f"{100 * max(busy):.1f}% (median {statistics.median(busy):.1%})",
         ),
