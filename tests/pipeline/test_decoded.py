@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_run_tells_how_like_its_clips_are(made: tuple[Path, str]) -> None:
     lines = [line for line in made[1].splitlines() if "decoded again" in line]
-    assert len(lines) == 3
+    assert 1 <= len(lines) <= 3  # the first clip, and others by chance
     assert all(float(line.split()[-2]) > 20 for line in lines)
     assert "warning" not in made[1]
 
