@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
@@ -323,6 +323,32 @@ class Stage(ABC, Generic[S, Model]):
     def loads_model(self) -> bool:
         """Whether a worker keeps something alive between units."""
         return type(self).setup is not Stage.setup
+
+
+class RowStage(Stage[S, Model]):
+    """A stage that takes rows one by one, further ones before it has answered the first: what has
+    a model that is kept busy overrides `answers` in place of `process`."""
+
+    @abstractmethod
+    def answers(self, rows: Iterable[Row], model: Model) -> Generator[tuple[int, Outcome]]:
+        """The outcomes of rows by their numbers (from 0), in any order. See `Stage.stream`."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows taken at once: one, as the stage makes its model's batches itself."""
+        return 1
+
+    def process(self, rows: list[Row], model: Model) -> Sequence[Outcome]:
+        outcomes = dict(self.answers(rows, model))
+        return [outcomes[number] for number in range(len(rows))]
+
+    def stream(
+        self, batches: Iterator[pa.Table], model: Model
+    ) -> Generator[tuple[int, Sequence[Outcome]]]:
+        rows = (batch.to_pylist()[0] for batch in batches)
+        with closing(self.answers(rows, model)) as outcomes:
+            for number, outcome in outcomes:
+                yield number, [outcome]
 
 
 def matters(settings: BaseModel) -> dict[str, Any]:

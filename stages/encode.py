@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,8 +23,8 @@ from stages.base import (
     Rejected,
     Resources,
     Row,
+    RowStage,
     Speed,
-    Stage,
     StageError,
     alive,
     spent,
@@ -44,6 +44,8 @@ from stages.vae.vae import Encoded, Options, Vae
 
 if TYPE_CHECKING:
     import torch
+
+    from stages.media.picture import Pixels
 
 
 Decoded = Clip | Rejected | Failed
@@ -106,7 +108,7 @@ class EncodeSettings(DecodingSettings):
     )
 
 
-class Encode(Stage[EncodeSettings, Vae]):
+class Encode(RowStage[EncodeSettings, Vae]):
     """Latents of each clip (`manifests.shards.LATENTS`), batched across clips."""
 
     name = "encode"
@@ -125,11 +127,6 @@ class Encode(Stage[EncodeSettings, Vae]):
         self.splits = context.sampling.splits
         if settings.first_frame:
             self.adds = pa.schema([*LATENTS, *FIRST_FRAME])
-
-    @property
-    def batch_size(self) -> int:
-        """Rows taken at once: one, as `stream` makes the VAE's batches of what is decoded."""
-        return 1
 
     @property
     def accelerated(self) -> bool:
@@ -187,19 +184,7 @@ class Encode(Stage[EncodeSettings, Vae]):
         )
         return {"spec": spec.to_json()}
 
-    def process(self, rows: list[Row], model: Vae) -> list[Outcome]:
-        outcomes = dict(self._streamed(rows, model))
-        return [outcomes[number] for number in range(len(rows))]
-
-    def stream(
-        self, batches: Iterator[pa.Table], model: Vae
-    ) -> Generator[tuple[int, Sequence[Outcome]]]:
-        rows = (batch.to_pylist()[0] for batch in batches)
-        with closing(self._streamed(rows, model)) as outcomes:
-            for number, outcome in outcomes:
-                yield number, [outcome]
-
-    def _streamed(self, rows: Iterable[Row], model: Vae) -> Generator[tuple[int, Outcome]]:
+    def answers(self, rows: Iterable[Row], model: Vae) -> Generator[tuple[int, Outcome]]:
         """The outcomes of rows by their numbers. Threads decode ahead of the VAE; batches are made
         in the rows' order, so they are the same each time."""
         size, most = self._batch(model)
@@ -246,16 +231,8 @@ class Encode(Stage[EncodeSettings, Vae]):
     def _whole(self, answers: dict[int, Answer]) -> Iterator[tuple[int, Outcome]]:
         """Takes the answers that are complete out of `answers`."""
         for number in [number for number, answer in answers.items() if answer.whole]:
-            yield number, self._outcome(answers.pop(number))
-
-    def _outcome(self, answer: Answer) -> Outcome:
-        made = answer.made()
-        if not isinstance(made, list):
-            return made
-        if not self.splits:
-            return made[0]
-        spans = [(one["window_start"], one["window_end"]) for one in made]
-        return [{**one, "clip_id": child_id(answer.clip, *s)} for one, s in zip(made, spans)]
+            made = answers.pop(number).made()
+            yield number, made[0] if isinstance(made, list) and not self.splits else made
 
     def clip_id(self, row: str, clip: Clip) -> str:
         """Of a clip that was decoded of a row."""
@@ -323,23 +300,25 @@ class Flight:
         fetched = (self._model.fetch(encoded) for encoded in launched)
         for waiting, *latents in zip(batch, *fetched, strict=True):
             failed = next((one for one in latents if isinstance(one, Failed)), None)
-            waiting.settle(failed or columns(waiting.clip, *latents))
-            if failed is None:
-                self._look_at(waiting, latents[0])
+            if failed is not None:
+                waiting.settle(failed)
+                continue
+            clip = self._stage.clip_id(waiting.answer.clip, waiting.clip)
+            waiting.settle({"clip_id": clip, **columns(waiting.clip, *latents)})
+            self._look_at(clip, waiting.clip.frames, latents[0])
 
-    def _look_at(self, waiting: Waiting, latents: torch.Tensor) -> None:
+    def _look_at(self, clip: str, frames: Pixels, latents: torch.Tensor) -> None:
         """Decodes a few of a worker's clips again, and tells how like their source they are."""
         model, seen = self._model, self._model.looked_at
         if seen >= self._settings.check_clips or (seen and random.random() > LOOK):
             return
         model.looked_at += 1
         spec = LatentSpec.from_json(self._stage.metadata(model)["spec"])
-        clip = self._stage.clip_id(waiting.answer.clip, waiting.clip)
         again = decoded_again(model, latents, spec)
         if isinstance(again, Failed):
             tell(f"encode: clip {clip} was not looked at: decoded again, {again.message}")
             return
-        like = likeness(waiting.clip.frames, again)
+        like = likeness(frames, again)
         tell(f"encode: clip {clip}, decoded again, has a PSNR of {like.psnr:.1f} dB")
         if like.fault:
             tell(

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,8 +26,8 @@ from stages.base import (
     Outcome,
     Resources,
     Row,
+    RowStage,
     Speed,
-    Stage,
     StageError,
     StageSettings,
     alive,
@@ -143,7 +143,7 @@ def _counted(result: Result) -> None:
             count(what, getattr(result, what) or 0)
 
 
-class Recaption(Stage[RecaptionSettings, Engine]):
+class Recaption(RowStage[RecaptionSettings, Engine]):
     """The caption rewritten by a language model, beside the raw answer and what made it."""
 
     name = "recaption"
@@ -181,11 +181,6 @@ class Recaption(Stage[RecaptionSettings, Engine]):
         quality = self.settings.quality
         beside = (quality.original,) if quality.compares or self.prompt.captions else ()
         return tuple(dict.fromkeys((*self.template.columns, *beside)))
-
-    @property
-    def batch_size(self) -> int:
-        """Rows taken at once: one, as the engine asks for each when it has room."""
-        return 1
 
     @property
     def accelerated(self) -> bool:
@@ -283,19 +278,7 @@ class Recaption(Stage[RecaptionSettings, Engine]):
     def teardown(self, model: Engine) -> None:
         model.close()
 
-    def process(self, rows: list[Row], model: Engine) -> Sequence[Outcome]:
-        outcomes = dict(self._streamed(rows, model))
-        return [outcomes[number] for number in range(len(rows))]
-
-    def stream(
-        self, batches: Iterator[pa.Table], model: Engine
-    ) -> Generator[tuple[int, Sequence[Outcome]]]:
-        rows = (batch.to_pylist()[0] for batch in batches)
-        with closing(self._streamed(rows, model)) as outcomes:
-            for number, outcome in outcomes:
-                yield number, [outcome]
-
-    def _streamed(self, rows: Iterable[Row], model: Engine) -> Generator[tuple[int, Outcome]]:
+    def answers(self, rows: Iterable[Row], model: Engine) -> Generator[tuple[int, Outcome]]:
         """The outcomes of rows by their numbers, as the engine answers them."""
         s = self.settings
         asked: dict[int, _Asked] = {}

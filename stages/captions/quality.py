@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -13,18 +13,6 @@ from stages.captions.phrases import refuses, speaks_of_task
 from stages.captions.words import overlap, repetition, unquoted, words
 
 # What can be wrong with a caption, the worst first: a rejected one is counted by its first.
-FLAGS = (
-    "empty",
-    "bad_json",
-    "refusal",
-    "truncated",
-    "repetition",
-    "language",
-    "meta",
-    "unrelated",
-    "too_short",
-    "too_long",
-)
 Flag = Literal[
     "empty",
     "bad_json",
@@ -37,6 +25,7 @@ Flag = Literal[
     "too_short",
     "too_long",
 ]
+FLAGS: tuple[Flag, ...] = get_args(Flag)
 
 
 class QualitySettings(BaseModel):
