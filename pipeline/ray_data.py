@@ -255,7 +255,8 @@ def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, An
                 receipt = worker.run(job, str(unit), driver, (number, parts))
                 tally.unit.remote(receipt, parts)
                 for what, n in receipt.amounts.items():
-                    made.inc(n, {"stage": receipt.stage, "what": what})
+                    if n > 0:  # Ray refuses to add nothing
+                        made.inc(n, {"stage": receipt.stage, "what": what})
                 own = [asdict(receipt)] if receipt.error else []
             faults.append(json.dumps(json.loads(str(before)) + own))
         return {**batch, "faults": faults}

@@ -125,7 +125,7 @@ class Scraping(Reporter):
         while receipt.stage == "shout" and not self.samples and time.monotonic() < deadline:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
                 lines = page.read().decode().splitlines()
-            self.samples = {line for line in lines if line.startswith("ray_vidpipe_rows")}
+            self.samples = {line for line in lines if line.startswith("ray_vidpipe_")}
             time.sleep(0.5)
 
 
@@ -137,11 +137,12 @@ def test_counters_per_stage_and_outcome_are_exported(
     heard = Scraping()
     assert not run(made, (), Retry(), heard).faults
     found = {
-        tuple(re.findall(r'(?:[Oo]utcome|[Ss]tage)="([^"]+)"', line)) for line in heard.samples
+        tuple(re.findall(r'(?:[Oo]utcome|[Ss]tage|what)="([^"]+)"', line)) for line in heard.samples
     }
     assert {frozenset(pair) for pair in found} >= {
         frozenset(("length", "kept")),
         frozenset(("length", "rejected")),
+        frozenset(("length", "bad")),
     }, heard.samples
 
 

@@ -22,6 +22,7 @@ from stages.base import (
     Speed,
     Stage,
     StageSettings,
+    count,
 )
 from stages.media.sampling import Sampling
 
@@ -32,7 +33,8 @@ class LengthSettings(StageSettings):
 
 
 class Length(Stage[LengthSettings, None]):
-    """Measures the caption; an empty one is rejected, "bad" fails, "crash" is a bug."""
+    """Measures the caption; an empty one is rejected, "bad" fails and is counted, also where there
+    is none, "crash" is a bug."""
 
     name = "length"
     Settings = LengthSettings
@@ -40,6 +42,7 @@ class Length(Stage[LengthSettings, None]):
     adds = pa.schema([pa.field("words", pa.int64()), pa.field("blob", pa.binary())])
 
     def process(self, rows: list[Row], model: None) -> list[Outcome]:
+        count("bad", sum(row["caption"] == "bad" for row in rows))
         return [self.one(row["caption"]) for row in rows]
 
     def one(self, caption: str | None) -> Outcome:
