@@ -76,7 +76,7 @@ class RecaptionSettings(StageSettings):
         default_factory=QualitySettings, description="what a caption must be: see below"
     )
     max_tokens: int = Field(256, ge=1, description="of an answer")
-    temperature: float = Field(0.0, ge=0, le=5, description="0: always the likeliest token")
+    temperature: float = Field(0.0, ge=0, le=2, description="0: always the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="share of probability that is drawn from")
     seed: int = Field(0, description="of sampling; each clip draws from its own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -230,6 +230,8 @@ class Recaption(RowStage[RecaptionSettings, Engine]):
         prompt = self.prompt
         answer = {"max_words": prompt.max_words, "schema": prompt.schema, "main": prompt.main}
         known["engine_args"] = {k: v for k, v in s.engine_args.items() if k not in _SPEED_ARGS}
+        if s.engine == "vllm" and prompt.schema is not None:
+            known["json"] = "compact"  # since vLLM is told to write no blanks between its parts
         model = (
             {"served": s.model, "revision": s.revision}
             if s.engine == "openai"
