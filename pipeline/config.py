@@ -26,6 +26,8 @@ from stages.base import Context, Stage, StageSettings
 from stages.media.sampling import Sampling
 
 DEFAULT_FILE = "vidpipe.yaml"
+# Stages that write captions, and their columns: the first that is there is what is trained on.
+CAPTIONED = {"recaption": "recaption", "describe": "description"}
 MOST_VALUES = 100_000  # of a configuration
 
 AnyStage = Stage[Any, Any]
@@ -137,7 +139,7 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> Config:
         workdir=_absolute(top.workdir, base),
         root=resolve_root(source),
         sampling=top.sampling,
-        captions="recaption" if "recaption" in chosen else "caption",
+        captions=next((c for stage, c in CAPTIONED.items() if stage in chosen), "caption"),
     )
     stages = {name: cls(settings, context) for name, (cls, settings) in chosen.items()}
     return Config(file, context.workdir, source, top.sampling, top.run, top.train, stages)

@@ -19,12 +19,17 @@ from stages.base import StageError, tell
 from stages.engines.base import (
     Answer,
     EngineFailure,
+    Pictures,
+    Prepared,
     Request,
     Requests,
     Result,
     SamplingSettings,
     encode,
+    read_processor,
+    shown,
     too_long,
+    video_facts,
 )
 
 # Requests that wait in the engine, over those that it runs at once: the next are there in time.
@@ -45,7 +50,9 @@ class VllmEngine:
         max_model_len: int,
         args: Mapping[str, Any],
         template_args: Mapping[str, Any],
+        media: Mapping[str, int] | None = None,
     ) -> None:
+        """`media`: of a model that sees, how many of what a prompt has at most: {"image": 8}."""
         self.label = label
         self._folder = folder
         self._template_args = template_args
@@ -54,9 +61,11 @@ class VllmEngine:
             "max_model_len": max_model_len,
             "enable_prefix_caching": True,
             "seed": 0,
+            **(_seeing(media) if media else {}),
             **args,
         }
         self._room = max_model_len
+        self._processor: Any = None
         self._ids = itertools.count()
         self._broken: str | None = None  # it died too often, or for good
         self._start()
@@ -70,7 +79,7 @@ class VllmEngine:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StageError(
                 f"vLLM does not start with {self._folder} and {self._settings}: {first}. Change "
-                "recaption.engine_args or recaption.max_model_len."
+                "engine_args or max_model_len."
             ) from error
         self._tokenizer = self._llm.get_tokenizer()
         seats = int(self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs)
@@ -113,7 +122,8 @@ class VllmEngine:
                 for output in outputs:
                     if output.finished and output.request_id in held:
                         in_a_row = 0
-                        yield held.pop(output.request_id)[0], _answer(output)
+                        answer = self._settled(_answer(output), sampling)
+                        yield held.pop(output.request_id)[0], answer
         finally:
             if held and self._llm is not None:
                 with suppress(EngineDeadError):
@@ -144,13 +154,16 @@ class VllmEngine:
             if one is None:
                 return
             number, request = one
-            prompt = encode(self._tokenizer, request.prompt, self._template_args)
-            # One that is too long would raise.
-            if failure := too_long(len(prompt), sampling.max_tokens, self._room):
-                yield number, failure
-                continue
-            name = str(next(self._ids))
-            held[name] = one
+            prompt: dict[str, Any]
+            if isinstance(request.seen, Pictures):
+                prompt = self._shown(request.prompt, request.seen)
+            else:
+                tokens = encode(self._tokenizer, request.prompt, self._template_args)
+                # One that is too long would raise.
+                if failure := too_long(len(tokens), sampling.max_tokens, self._room):
+                    yield number, failure
+                    continue
+                prompt = {"prompt_token_ids": tokens}
             how = SamplingParams(
                 max_tokens=sampling.max_tokens,
                 temperature=sampling.temperature_of(request),
@@ -159,7 +172,36 @@ class VllmEngine:
                 **structured,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self._llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, how)
+            name = str(next(self._ids))
+            held[name] = one
+            try:
+                self._llm.llm_engine.add_request(name, prompt, how)
+            except ValueError as error:  # of pictures it knows only now how many tokens they are
+                if not isinstance(request.seen, Pictures):
+                    raise
+                del held[name]
+                yield number, _not_taken(error)
+
+    def _settled(self, answer: Answer, sampling: SamplingSettings) -> Result:
+        """An answer that the context cut off is none: its prompt was too long."""
+        failure = too_long(answer.prompt_tokens or 0, sampling.max_tokens, self._room)
+        return failure if failure and answer.truncated else answer
+
+    def _shown(self, prompt: str, seen: Pictures) -> dict[str, Any]:
+        """A prompt with its pictures, as vLLM takes it."""
+        if self._processor is None:
+            self._processor = read_processor(self._folder)
+        text = shown(self._processor, prompt, seen, self._template_args)
+        # The template has written the special tokens already.
+        tokens = list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        if seen.video:
+            return _prompt(tokens, "video", [(seen.frames, video_facts(seen))])
+        from PIL import Image
+
+        return _prompt(tokens, "image", [Image.fromarray(frame) for frame in seen.frames])
+
+    def prepared(self, pictures: Pictures) -> Prepared:
+        return pictures
 
     def _restart(self, error: Exception, in_a_row: int, held: int) -> None:
         self._shut()
@@ -167,7 +209,7 @@ class VllmEngine:
         if in_a_row > RESTARTS:
             self._broken = (
                 f"vLLM's engine died {in_a_row} times without an answer between: {first} What is "
-                "answered is kept; see its own log above, change recaption.engine_args, and run "
+                "answered is kept; see its own log above, change engine_args, and run "
                 "again."
             )
             raise StageError(self._broken) from error
@@ -190,6 +232,23 @@ class VllmEngine:
 
     def close(self) -> None:
         self._shut()
+
+
+def _seeing(media: Mapping[str, int]) -> dict[str, Any]:
+    """Memory for what comes and nothing else. No cache of pictures: no clip comes twice."""
+    limits = {"image": 0, "video": 0, **media}
+    return {"limit_mm_per_prompt": limits, "mm_processor_cache_gb": 0}
+
+
+def _prompt(tokens: list[int], kind: str, shown: list[Any]) -> dict[str, Any]:
+    return {"prompt_token_ids": tokens, "multi_modal_data": {kind: shown}}
+
+
+def _not_taken(error: ValueError) -> EngineFailure:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "longer than" in first:
+        return EngineFailure("prompt_too_long", f"vLLM says: {first}")
+    return EngineFailure("prompt_refused", f"vLLM does not take the prompt and its frames: {first}")
 
 
 def _watch(core: Any, over: threading.Event) -> None:
