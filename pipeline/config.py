@@ -156,7 +156,7 @@ def _chosen(
     section = {} if section is None else section
     if isinstance(section, dict):
         base = Path(file).resolve().parent
-        section = {key: _from_file(value, base) for key, value in section.items()}
+        section = {key: from_file(value, base) for key, value in section.items()}
     settings = _validate(cls.Settings, section, where, file, lines)
     return {cls.name: (cls, settings)} if settings.enabled else {}
 
@@ -191,7 +191,7 @@ def _user_stage(
     return cls
 
 
-def _from_file(value: Any, base: Path) -> Any:
+def from_file(value: Any, base: Path) -> Any:
     """Models and files in a stage's section are relative to vidpipe.yaml: workers run elsewhere.
     Only what begins with ./ or ../ is taken for a path, since hub ids have slashes too."""
     if isinstance(value, str) and value.startswith(("./", "../", "~/")):

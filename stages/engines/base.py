@@ -173,7 +173,7 @@ def read_processor(folder: str) -> Any:
 
 
 def video_facts(seen: Pictures) -> dict[str, Any]:
-    """What vLLM and transformers want to know of a video that is not to be sampled again."""
+    """What vLLM and transformers want to know of a video."""
     count = len(seen.frames)
     return {
         "fps": seen.fps,
@@ -183,7 +183,6 @@ def video_facts(seen: Pictures) -> dict[str, Any]:
         "height": seen.frames.shape[1],
         "width": seen.frames.shape[2],
         "video_backend": "vidpipe",
-        "do_sample_frames": False,
     }
 
 

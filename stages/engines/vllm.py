@@ -34,6 +34,7 @@ from stages.engines.base import (
 
 # Requests that wait in the engine, over those that it runs at once: the next are there in time.
 WAITING = 0.25
+AS_IT_IS = {"do_sample_frames": False}  # of a video: its frames are those that are meant
 DEATHS = 3  # of the engine, the last with one request alone, after which this is not asked again
 PULSE_SECONDS = 0.5
 RESTARTS = 3  # in a row, with no answer between
@@ -76,7 +77,7 @@ class VllmEngine:
         try:
             self._llm: Any = LLM(model=self._folder, **self._settings)
         except (TypeError, ValueError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = " ".join(str(error).split())[:300] or type(error).__name__
             raise StageError(
                 f"vLLM does not start with {self._folder} and {self._settings}: {first}. Change "
                 "engine_args or max_model_len."
@@ -139,6 +140,7 @@ class VllmEngine:
     ) -> Generator[tuple[int, Result]]:
         """Gives the engine what it has room for; answers what it could not take."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         structured: dict[str, Any] = {}
@@ -176,7 +178,8 @@ class VllmEngine:
             held[name] = one
             try:
                 self._llm.llm_engine.add_request(name, prompt, how)
-            except ValueError as error:  # of pictures it knows only now how many tokens they are
+            except (ValueError, VLLMClientError) as error:
+                # How many tokens pictures are it knows only now.
                 if not isinstance(request.seen, Pictures):
                     raise
                 del held[name]
@@ -195,7 +198,7 @@ class VllmEngine:
         # The template has written the special tokens already.
         tokens = list(self._tokenizer(text, add_special_tokens=False).input_ids)
         if seen.video:
-            return _prompt(tokens, "video", [(seen.frames, video_facts(seen))])
+            return _prompt(tokens, "video", [(seen.frames, {**video_facts(seen), **AS_IT_IS})])
         from PIL import Image
 
         return _prompt(tokens, "image", [Image.fromarray(frame) for frame in seen.frames])
@@ -244,9 +247,9 @@ def _prompt(tokens: list[int], kind: str, shown: list[Any]) -> dict[str, Any]:
     return {"prompt_token_ids": tokens, "multi_modal_data": {kind: shown}}
 
 
-def _not_taken(error: ValueError) -> EngineFailure:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "longer than" in first:
+def _not_taken(error: Exception) -> EngineFailure:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if "maximum context length" in first or "maximum model length" in first:
         return EngineFailure("prompt_too_long", f"vLLM says: {first}")
     return EngineFailure("prompt_refused", f"vLLM does not take the prompt and its frames: {first}")
 
