@@ -152,6 +152,7 @@ def open_engine(s: EngineSettings, stage: str, media: dict[str, int] | None = No
             s.retries,
             s.backoff,
             s.template_args,
+            stage,
         )
     folder = resolve(s.model, s.revision)
     label = model_label(s.model, s.revision, folder)

@@ -98,8 +98,10 @@ class OpenAIEngine:
         retries: int,
         backoff: float,
         template_args: Mapping[str, Any],
+        stage: str = "recaption",  # whose settings a message names
     ) -> None:
         self.label = label
+        self._stage = stage
         self._model = model
         conceal(key)  # servers quote it in their errors
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -109,7 +111,7 @@ class OpenAIEngine:
         self._extra = {"chat_template_kwargs": dict(template_args)} if template_args else {}
         urls = [chat_url(endpoint) for endpoint in endpoints]
         self._endpoints = Endpoints(
-            [Endpoint(u, concurrency, backoff, retries, partial(_told, u)) for u in urls]
+            [Endpoint(u, concurrency, backoff, retries, partial(_told, stage, u)) for u in urls]
         )
         self._down: str | None = None  # why nobody answered last time
         self._again = 0.0  # nobody is asked before
@@ -182,7 +184,8 @@ class OpenAIEngine:
         now = time.monotonic()
         self._down = (
             f"no caption was had from the server ({why.error}): {why.message}. No row is settled "
-            "by that: start it, or mend the stage's endpoints, model or api_key_env, and run again."
+            "by that: start it, or mend "
+            f"{self._stage}'s endpoints, model or api_key_env, and run again."
         )
         self._again = now + 10 * (now - began) if now - began > LONG_SEARCH else 0.0
         return StageError(self._down)
@@ -335,5 +338,5 @@ def said(body: bytes) -> str:
     return " ".join(text.split())[:300]
 
 
-def _told(url: str, what: str) -> None:
-    tell(f"captions: {redact(url)} {what}")
+def _told(stage: str, url: str, what: str) -> None:
+    tell(f"{stage}: {redact(url)} {what}")
