@@ -9,6 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from benchmarks import films
 from benchmarks.figures import VIDPIPE, report, timed
 from pipeline import config, dag
-from pipeline.unit import run_unit
+from pipeline.streams import Streams
+from pipeline.unit import Piece, Retry
 from stages.media.frames import read_clip
 
 YAML = """\
@@ -106,8 +108,10 @@ def staged(made: dag.Pipeline, stage: Any, model: Any) -> dict[str, float]:
     shutil.rmtree(Path(made.config.workdir) / "encode", ignore_errors=True)
     seconds: dict[str, float] = {}
     kept = 0
-    for unit in made.dag.log(made.store, "source").units():
-        receipt = run_unit(made.store, made.dag, stage, lambda: model, unit)
+    pieces = map(Piece, made.dag.log(made.store, "source").units())
+    coming = partial(next, pieces, None)
+    streams = Streams(made.store, made.dag, stage, lambda: model, Retry(), coming)
+    for _, receipt in streams.run():
         if receipt.error:
             raise SystemExit(receipt.error)
         kept += receipt.counts.kept

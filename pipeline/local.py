@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 from manifests.store import StoreUnusable
 from pipeline.dag import Pipeline
@@ -10,7 +12,8 @@ from pipeline.plan import Plan
 from pipeline.report import Reporter
 from pipeline.unit import Receipt, Retry
 from pipeline.workers import stop
-from pipeline.workers.worker import Driver, InProcess, Job, Runs, Worker
+from pipeline.workers.process import Job
+from pipeline.workers.worker import AHEAD, Driver, InProcess, Runs, Worker
 
 
 def run(
@@ -21,22 +24,32 @@ def run(
     faults: list[Receipt] = []
     worker: Runs = Worker() if pipeline.config.run.isolate else InProcess()
     driver = Driver(report.rows, report.note, stop.asked)
+    line: deque[Future[Receipt]] = deque()
+
+    def told(receipt: Receipt) -> None:
+        report.unit(receipt)
+        if receipt.halts:
+            raise StoreUnusable(receipt.error)
+        if receipt.error:
+            faults.append(receipt)
+
     try:
         for chain in chains(pipeline, stages):
             jobs = [
                 Job(pipeline.store, pipeline.dag, pipeline.stages[name], retry) for name in chain
             ]
             wanted = [set(plan.stages[name].units) for name in chain]
+            # In a chain a stage may need what the one before has committed.
+            most = AHEAD if len(chain) == 1 else 1
             for unit in plan.units:
                 for job in (job for job, units in zip(jobs, wanted) if unit in units):
                     if stop.asked():
-                        return faults
-                    receipt = worker.run(job, unit, driver)
-                    report.unit(receipt)
-                    if receipt.halts:
-                        raise StoreUnusable(receipt.error)
-                    if receipt.error:
-                        faults.append(receipt)
+                        break
+                    line.append(worker.submit(job, unit, driver))
+                    if len(line) == most:
+                        told(line.popleft().result())
+            while line:
+                told(line.popleft().result())
     finally:
         worker.close()
     return faults

@@ -1,6 +1,6 @@
 """The `ray` runner: units as rows of a Ray Dataset, one `map_batches` per stage.
 
-The only file that imports ray. What travels between operators is the unit's name and nothing else:
+What travels between operators is the unit's name and nothing else:
 workers read and commit through the store, so there is nothing large to move, spill or rebuild. The
 worker of a stage bears the stage's name, and so does its operator on the dashboard.
 """
@@ -10,112 +10,46 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
-from ray.autoscaler.sdk import request_resources
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.metrics import Counter
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manifests.log import Counts
 from manifests.store import StoreUnusable
-from pipeline.config import RunSettings
 from pipeline.dag import Pipeline
 from pipeline.errors import RunError
 from pipeline.plan import Plan
+from pipeline.ray_cluster import POLL_SECONDS, cluster
 from pipeline.report import Reporter
 from pipeline.resources import (
     PART_ROWS,
-    Offer,
     Pass,
     Workers,
-    cores,
     cut,
     passes,
     share,
-    usable_gpus,
 )
 from pipeline.tally import Tally, outcomes
 from pipeline.unit import Receipt, Retry
 from pipeline.workers import stop
-from pipeline.workers.worker import Driver, InProcess, Job, Runs, Worker, own_worker
+from pipeline.workers.process import Job
+from pipeline.workers.worker import AHEAD, Driver, InProcess, Runs, Worker, own_worker
 
 # A wave is one Dataset: enough units to keep a cluster busy, few enough for the driver's memory.
 WAVE_UNITS = 20_000
 # How often a unit is tried again when its worker dies under it, and a dead worker is replaced.
 TASK_RETRIES, WORKER_RESTARTS = 2, 3
-# Only names of units pass through the object store.
-OBJECT_STORE_BYTES = 128 << 20
-POLL_SECONDS = 0.5
 # Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
 STOP_SECONDS = 6.0
-
-
-@contextlib.contextmanager
-def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
-    """A private Ray on this machine, or the one at `run.address`; gone again afterwards.
-
-    Yields what it offers. Raises ConfigError where more GPUs are asked for than there are.
-    """
-    # The C++ side of the driver writes its messages straight to stderr, amid the progress.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Memory that runs out is left to the kernel: it ends the worker's child that takes most, which
-    # is then known to have died of it. Ray would end the worker, whose child takes it unseen.
-    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    # A worker that was given no GPU must see none, or every `device: auto` takes the first.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    # Stages of the user's own are modules beside vidpipe.yaml. A private Ray hands its workers this
-    # process' environment; a runtime_env would do it too, and cost each worker a second start.
-    path = os.pathsep.join(filter(None, (str(base), os.environ.get("PYTHONPATH"))))
-    options: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": cores(),
-        "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": True,
-    }
-    if run.address is not None:
-        runtime_env = {"env_vars": {"PYTHONPATH": path}}
-        options = {"address": run.address, "runtime_env": runtime_env}
-    try:
-        with stop.raised():
-            try:
-                with _environment("PYTHONPATH", path), _muted_stderr():
-                    context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError) as error:
-                where = run.address or "this machine"
-                raise RunError(f"Ray can't be started on {where}: {error}") from error
-            stop.renew()  # Ray takes SIGTERM for itself
-            if context.dashboard_url:
-                report.note(f"Ray dashboard: http://{context.dashboard_url}")
-            if run.address is not None:
-                _await_nodes(run, report)
-        there = ray.cluster_resources()
-        yield Offer(there.get("CPU", 0.0), usable_gpus(run, there.get("GPU", 0.0)))
-    finally:
-        ray.shutdown()
-
-
-def _await_nodes(run: RunSettings, report: Reporter) -> None:
-    """Asks the autoscaler for the GPUs of `--gpus`, or for any CPU where there is none (a head
-    that does no work), and waits: such a cluster has no workers until somebody wants them."""
-    kind, wanted = ("GPU", run.gpus) if run.gpus else ("CPU", 1)
-    deadline = time.monotonic() + run.wait
-    asked = False
-    while ray.cluster_resources().get(kind, 0.0) < wanted and time.monotonic() < deadline:
-        if not asked:
-            report.note(f"asking the cluster for {wanted} {kind}, waiting up to {run.wait} s")
-            request_resources(bundles=[{kind: 1}] * wanted)
-            asked = True
-        time.sleep(POLL_SECONDS)
 
 
 def run(
@@ -197,7 +131,7 @@ def _run_wave(
             dataset,
             kind(job, pipeline.config.run.isolate, tally),
             batch_size=None,
-            compute=(ActorPoolStrategy if share_.actor else TaskPoolStrategy)(size=share_.count),
+            compute=_pool(share_) if share_.actor else TaskPoolStrategy(size=share_.count),
             num_cpus=share_.cpus,
             num_gpus=share_.gpus,
             memory=share_.memory or None,
@@ -221,6 +155,17 @@ def _run_wave(
             f"{_last_line(error)}. What was committed is kept: `vidpipe run` goes on from there."
         ) from error
     return faults
+
+
+def _pool(share_: Workers) -> ActorPoolStrategy:
+    """Of actors that get the next unit while they are at one: their stage's stream goes on to it.
+    What runs units is the worker's child, so the calls that wait here cost nothing."""
+    return ActorPoolStrategy(
+        size=share_.count,
+        max_tasks_in_flight_per_actor=AHEAD,
+        max_concurrent_calls_per_actor=AHEAD,
+        enable_true_multi_threading=True,
+    )
 
 
 def _map_batches(dataset: ray.data.Dataset, worker: Any, **options: Any) -> ray.data.Dataset:
@@ -363,32 +308,6 @@ def _quiet() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def _muted_stderr() -> Iterator[None]:
-    """Drops what C++ code writes to file descriptor 2: Ray announces its own log level there."""
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _last_line(error: BaseException) -> str:

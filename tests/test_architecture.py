@@ -17,7 +17,7 @@ FORBIDDEN = {
     "trainer": {"stages", "pipeline", "ray"},
     "pipeline": {"trainer"},
 }
-RAY_IS_ALLOWED_IN = {"pipeline/ray_data.py", "stages/engines/vllm.py"}
+RAY_IS_ALLOWED_IN = {"pipeline/ray_cluster.py", "pipeline/ray_data.py", "stages/engines/vllm.py"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 MOST_LINES = 400
 

@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -27,9 +28,10 @@ import pyarrow as pa
 from manifests.log import Counts
 from manifests.store import Store
 from manifests.view import Dag
-from pipeline.unit import Part, Receipt, Retry, run_unit
+from pipeline.streams import Streams, Through
+from pipeline.unit import Part, Piece, Receipt, Retry
 from pipeline.workers.kept import Kept
-from pipeline.workers.watch import Watch
+from pipeline.workers.watch import Verdict, Watch
 from stages import base
 
 # How often a sign of life goes over the pipe at most.
@@ -57,24 +59,22 @@ def serve(connection: Connection) -> NoReturn:
         Path("/proc/self/oom_score_adj").write_text(str(max(OOM_SCORE, _oom_score())))
     supervisor = _Supervisor(connection)
     base.on_alive(supervisor.alive)
-    job = _Job()
+    inbox, job = _Inbox(connection, supervisor), _Job()
     with contextlib.suppress(EOFError, OSError):  # the supervisor has closed its end, or is gone
         while True:
-            try:
-                message = connection.recv()
-            except (ImportError, AttributeError) as error:
-                job.fault = (
-                    f"the stage can't be imported by a worker's process: {error}. Its module must "
-                    "lie beside vidpipe.yaml or be installed"
-                )
-                continue
-            match message:
+            match inbox.take():
                 case ("job", number, *rest):
                     job.take(number, *rest)
-                case ("unit", unit, part, apart, condemned):
-                    watch = supervisor.watch(apart, condemned)
-                    receipt = job.run(unit, part, supervisor, watch)
-                    supervisor.send("receipt", asdict(receipt))
+                case ("fault", error):
+                    job.fault = (
+                        f"the stage can't be imported by a worker's process: {error}. Its module "
+                        "must lie beside vidpipe.yaml or be installed"
+                    )
+                case ("unit", *unit):
+                    inbox.put(*unit)
+                    for piece, receipt in job.run(inbox, supervisor):
+                        supervisor.send("receipt", [inbox.number(piece), asdict(receipt)])
+                    inbox.stopping = False  # that was about what is through now
     with contextlib.suppress(Exception):  # nobody hears of it any more
         job.close()
     os._exit(0)  # native threads of torch and FFmpeg may abort an ordinary end
@@ -108,17 +108,16 @@ class _Job:
         if kept is not None:
             kept.close()
 
-    def run(self, unit: str, part: Part, supervisor: _Supervisor, watch: Watch) -> Receipt:
+    def run(self, inbox: _Inbox, supervisor: _Supervisor) -> Through:
         if self.fault is not None or self._store is None:
-            return Receipt("", unit, error=self.fault)
+            while (piece := inbox.next()) is not None:
+                yield piece, Receipt("", piece.unit, error=self.fault)
+            return
         stage = self._stage
         kept = self._model if stage.loads_model else None
         model: Callable[[], Any] = kept or stage.setup
         with base.telling(functools.partial(supervisor.send, "note")):
-            return run_unit(
-                *(self._store, self._dag, stage, model, unit, self._retry, supervisor.rows),
-                *(watch, part),
-            )
+            yield from Streams(self._store, self._dag, stage, model, self._retry, inbox.next).run()
 
 
 def _oom_score() -> int:
@@ -142,24 +141,91 @@ class _Supervisor:
         if time.monotonic() - self._spoke >= ALIVE_SECONDS:
             self.send("alive")
 
+
+class _Inbox:
+    """What has come: units that wait, and the wish to stop. For the thread that runs units."""
+
+    def __init__(self, connection: Connection, supervisor: _Supervisor) -> None:
+        self._connection, self._supervisor = connection, supervisor
+        self._waiting: deque[Piece] = deque()
+        self._numbers: dict[Piece, int] = {}
+        self._later: tuple[Any, ...] | None = None  # a job, for which the units before must be over
+        self.stopping = False
+
+    def take(self) -> tuple[Any, ...]:
+        """The next message. Raises EOFError where there will be none."""
+        message, self._later = self._later or self._received(), None
+        return message
+
+    def _received(self) -> tuple[Any, ...]:
+        try:
+            return tuple(self._connection.recv())
+        except (ImportError, AttributeError) as error:
+            return "fault", str(error)
+
+    def put(
+        self,
+        number: int,
+        unit: str,
+        part: Part,
+        apart: Sequence[Sequence[str]],
+        condemned: dict[str, Verdict],
+    ) -> None:
+        watch = _Watched(apart, condemned, self, self._supervisor, number)
+        piece = Piece(unit, part, watch, watch.rows)
+        self._numbers[piece] = number
+        self._waiting.append(piece)
+
+    def next(self) -> Piece | None:
+        """The one that waits longest, if one does."""
+        self.look()
+        return self._waiting.popleft() if self._waiting else None
+
+    def number(self, piece: Piece) -> int:
+        """By which the supervisor knows it; asked once."""
+        return self._numbers.pop(piece)
+
+    def look(self) -> bool:
+        """Takes in what has come: whether to stop."""
+        try:
+            while not self.stopping and self._later is None and self._connection.poll():
+                match message := self._received():
+                    case ("unit", *unit):
+                        self.put(*unit)
+                    case ("stop",):
+                        self.stopping = True
+                    case _:
+                        self._later = message
+        except (EOFError, OSError):
+            self.stopping = True
+        return self.stopping
+
+
+class _Watched(Watch):
+    """Watched by the supervisor."""
+
+    def __init__(
+        self,
+        apart: Sequence[Sequence[str]],
+        condemned: dict[str, Verdict],
+        inbox: _Inbox,
+        supervisor: _Supervisor,
+        number: int,
+    ) -> None:
+        super().__init__(apart, condemned)
+        self._inbox, self._supervisor, self._number = inbox, supervisor, number
+
+    def begin(self, ids: pa.ChunkedArray) -> None:
+        self._supervisor.send("begin", [self._number, ids.to_pylist()])
+
+    def through(self, ids: pa.ChunkedArray) -> None:
+        self._supervisor.send("through", [self._number, ids.to_pylist()])
+
     def rows(self, stage: str, counts: Counts) -> None:
-        self.send("rows", asdict(counts))
+        self._supervisor.send("rows", [self._number, asdict(counts)])
 
-    def watch(self, apart: Sequence[Sequence[str]], condemned: dict[str, Any]) -> Watch:
-        supervisor = self
+    def committed(self, counts: Counts) -> None:
+        self._supervisor.send("committed", [self._number, asdict(counts)])
 
-        class Supervised(Watch):
-            def begin(self, ids: pa.ChunkedArray) -> None:
-                supervisor.send("begin", ids.to_pylist())
-
-            def through(self, ids: pa.ChunkedArray) -> None:
-                supervisor.send("through", ids.to_pylist())
-
-            def committed(self, counts: Counts) -> None:
-                supervisor.send("committed", asdict(counts))
-
-            def stopping(self) -> bool:
-                # Nothing but the wish to stop, or the end, comes while a unit is being processed.
-                return supervisor._connection.poll()
-
-        return Supervised(apart, condemned)
+    def stopping(self) -> bool:
+        return self._inbox.look()

@@ -56,6 +56,10 @@ class Suspects:
     apart: list[list[str]] = field(default_factory=list)
     condemned: dict[str, Verdict] = field(default_factory=dict)
 
+    @property
+    def any(self) -> bool:
+        return bool(self.apart or self.condemned)
+
     def died(self, stage: str, ids: Sequence[str], death: Death) -> None:
         """A worker died on `ids`, which are one batch. Alone, a clip is condemned once it has been
         in enough deaths; a batch is split, down to single clips."""

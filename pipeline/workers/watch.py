@@ -25,7 +25,7 @@ class Verdict:
         return Failed(self.error, self.message)
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """Watches over one run of a unit. This one hears nothing and asks for nothing.
 
@@ -35,6 +35,11 @@ class Watch:
 
     apart: Sequence[Sequence[str]] = ()
     condemned: Mapping[str, Verdict] = field(default_factory=dict)
+
+    @property
+    def suspects(self) -> bool:
+        """Whether clips of the unit are to be processed apart."""
+        return bool(self.apart or self.condemned)
 
     def begin(self, ids: pa.ChunkedArray) -> None:
         """The stage is about to get these clips: from now on they are in flight."""

@@ -9,62 +9,40 @@ alone and is settled as failed (`suspects`).
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
 import json
-import os
 import pickle
+import queue
 import signal
-import subprocess
-import sys
+import threading
 import time
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from typing import Any, Protocol
+from typing import Any
 
 from manifests.log import Counts
-from manifests.store import Store
-from manifests.view import Dag
 from pipeline.settle import AnyStage
-from pipeline.unit import WHOLE, OnRows, Part, Receipt, Retry, run_unit
+from pipeline.streams import run_piece
+from pipeline.unit import WHOLE, OnRows, Part, Piece, Receipt
 from pipeline.workers.kept import Kept
+from pipeline.workers.process import Job, Process, seen
 from pipeline.workers.suspects import Death, Suspects
 from pipeline.workers.watch import Watch
 from stages.base import telling
 
+# Units that a worker has at once: the one at work, and the one that its stage's stream goes on to.
+AHEAD = 2
 # Deaths of the process while no clip is in flight, in `setup` for instance, that a unit may cost.
 IDLE_DEATHS = 3
 # Units in a row that come to this without a clip tried; after that a stage is not tried again.
 STILLBORN_UNITS = 2
-# How long a process that is at its end gets to be gone.
-END_SECONDS = 2.0
 # How long a batch may go on after somebody asked to stop.
 GRACE_SECONDS = 5.0
 TICK_SECONDS = 0.25
-# What a process sees of the machine is fixed when it starts.
-SEEN = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-
-# The modules are found as in this process: a stage may lie beside vidpipe.yaml.
-_START = """\
-import sys
-from multiprocessing.connection import Connection
-connection = Connection(int(sys.argv[1]))
-sys.path[:] = connection.recv()
-from pipeline.workers.child import serve, tied_to
-tied_to(int(sys.argv[2]))
-serve(connection)
-"""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What units are run with."""
-
-    store: Store
-    dag: Dag
-    stage: AnyStage
-    retry: Retry
 
 
 @dataclass(frozen=True)
@@ -76,23 +54,31 @@ class Driver:
     stopping: Callable[[], bool]
 
 
-class Runs(Protocol):
-    """Runs units, one after the other."""
+class Runs(ABC):
+    """Runs units."""
 
-    def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt: ...
+    @abstractmethod
+    def submit(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Future[Receipt]:
+        """Has `part` of `unit` settled at the job's stage and committed. Once `driver.stopping`,
+        what is done is committed and the rest stays pending."""
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def close(self) -> None:
+        """Gives the model back, and ends what runs."""
+
+    def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt:
+        return self.submit(job, unit, driver, part).result()
 
 
-class InProcess:
+class InProcess(Runs):
     """Runs units in this process: easier to debug, and a clip that kills it ends the run."""
 
     def __init__(self) -> None:
         self._stage: AnyStage | None = None
         self._model: Kept | None = None
 
-    def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt:
-        """`run_unit`, with the model of the last stage that has one kept."""
+    def submit(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Future[Receipt]:
+        """It is run when this returns, with the model of the last stage that has one kept."""
         stage = job.stage
         model: Callable[[], Any] = stage.setup
         if stage.loads_model:
@@ -100,11 +86,11 @@ class InProcess:
                 self.close()
                 self._stage, self._model = stage, Kept(stage)
             model = self._model or stage.setup
+        piece = Piece(unit, part, _Stoppable(driver), driver.rows)
+        done: Future[Receipt] = Future()
         with telling(driver.note):
-            return run_unit(
-                *(job.store, job.dag, stage, model, unit, job.retry, driver.rows),
-                *(_Stoppable(driver), part),
-            )
+            done.set_result(run_piece(job.store, job.dag, stage, model, piece, job.retry))
+        return done
 
     def close(self) -> None:
         """Gives the model back: there is no process to end."""
@@ -122,64 +108,241 @@ class _Stoppable(Watch):
         return self._driver.stopping()
 
 
-class Worker:
+class _Order:
+    """A unit that a worker was asked to run, and how far that is."""
+
+    def __init__(self, job: Job, unit: str, part: Part, driver: Driver) -> None:
+        self.job, self.unit, self.part, self.driver = job, unit, part, driver
+        self.done: Future[Receipt] = Future()
+        self.suspects = Suspects()
+        self.idle = 0  # deaths with no clip in flight
+        self.begin()
+
+    def begin(self) -> None:
+        """A process gets it, the first or another one."""
+        self.ids: dict[str, None] = {}  # in flight, in the order in which they were taken
+        self.tried = False  # whether any clip was
+        self.uncommitted = Counts()  # of what the driver was told
+
+    @property
+    def stage(self) -> str:
+        return self.job.stage.name
+
+    def end(self, error: str | None = None) -> None:
+        """Without a receipt of the process."""
+        self.done.set_result(Receipt(self.stage, self.unit, error=error))
+
+    def take_back(self) -> None:
+        """Has the driver forget what was settled and is lost with its process."""
+        if self.uncommitted.total:
+            self.driver.rows(self.stage, _taken_back(self.uncommitted))
+
+
+class Worker(Runs):
     """Supervises one child process at a time, which is started when there is something to run and
-    never outlives this one."""
+    never outlives this one. A thread follows it, so that a stream goes on to the unit that was
+    submitted next while `submit`'s callers wait."""
 
     def __init__(self) -> None:
-        self._child: _Child | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        # The rest is the thread's.
+        self._process: Process | None = None
+        self._waiting: deque[_Order] = deque()
+        self._open: dict[int, _Order] = {}  # what the process has, in order, by number
+        self._numbers = itertools.count()
+        self._heard = 0.0
+        self._asked: float | None = None  # when the process was asked to stop
         self._stillborn: dict[str, list[str]] = {}  # errors of units that ended with no clip tried
 
-    def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt:
-        """Has `part` of `unit` settled at the job's stage and committed. Once `driver.stopping`,
-        what is done is committed and the rest stays pending; a batch that then takes too long is
-        given up."""
-        name = job.stage.name
-        suspects = Suspects()
-        idle = 0
-        while not driver.stopping():
-            stillborn = self._stillborn.get(name, [])
-            if len(stillborn) >= STILLBORN_UNITS:
-                return Receipt(name, unit, error=stillborn[-1])
-            try:
-                end = _Attempt(self._started(), job, driver).run(unit, part, suspects)
-            except BaseException:
-                self.close()  # it is amid a unit that nobody follows any more
-                raise
-            if isinstance(end, Receipt):
-                self._stillborn.pop(name, None)
-                return end
-            self.close()
-            if end.given_up:
-                break
-            if end.ids:
-                suspects.died(name, end.ids, end.death)
-                driver.note(_told(name, suspects, end))
-                continue
-            idle += 1
-            if idle == IDLE_DEATHS:
-                error = (
-                    f"the worker's process {end.death.how}, {idle} times, while no clip was being "
-                    f"processed: {name} can't be set up on this machine, or its results can't be "
-                    "committed. `--set run.isolate=false` runs it where a debugger sees it"
-                )
-                if not end.tried:
-                    self._stillborn.setdefault(name, []).append(error)
-                return Receipt(name, unit, error=error)
-        return Receipt(name, unit)
+    def submit(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Future[Receipt]:
+        """A batch that takes too long once somebody asked to stop is given up."""
+        order = _Order(job, unit, part, driver)
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, daemon=True)
+                self._thread.start()
+            self._orders.put(order)
+        return order.done
 
     def close(self) -> None:
         """Ends the process, if there is one, and all that it started."""
-        if self._child is not None:
-            self._child.end()
-            self._child = None
+        with self._lock:
+            thread = self._thread
+            if thread is not None:
+                self._orders.put(None)
+        if thread is not None:
+            thread.join()
 
-    def _started(self) -> _Child:
-        if self._child is not None and self._child.seen != _seen():
-            self.close()
-        if self._child is None:
-            self._child = _Child()
-        return self._child
+    def _serve(self) -> None:
+        fault: BaseException = CancelledError()
+        try:
+            while self._take():
+                self._give()
+                if self._open:
+                    self._follow()
+        except BaseException as error:  # noqa: BLE001  a driver that is gone: its callers hear of it
+            fault = error
+        self._end()
+        with self._lock:  # nothing is submitted to this thread any more
+            self._thread = None
+            while not self._orders.empty():
+                self._order_in()
+            left = [*self._open.values(), *self._waiting]
+            self._open, self._waiting = {}, deque()
+        for order in left:
+            order.done.set_exception(fault)
+
+    def _take(self) -> bool:
+        """Takes in what was submitted, and waits for it where nothing is to be done. False where
+        this is closed."""
+        while not (self._open or self._waiting) or not self._orders.empty():
+            if not self._order_in():
+                return False
+        return True
+
+    def _order_in(self) -> bool:
+        order = self._orders.get()
+        if order is not None:
+            self._waiting.append(order)
+        return order is not None
+
+    def _give(self) -> None:
+        """Hands orders to the process, as many as it may have at once."""
+        while self._waiting and len(self._open) < AHEAD:
+            order = self._waiting[0]
+            beside = next(iter(self._open.values()), order)
+            # A unit with suspects is alone: nothing else is to be blamed, or lost, for them.
+            if beside is not order and (
+                beside.job is not order.job or beside.suspects.any or order.suspects.any
+            ):
+                return
+            self._waiting.popleft()
+            stillborn = self._stillborn.get(order.stage, [])
+            if order.driver.stopping():
+                order.end()
+            elif len(stillborn) >= STILLBORN_UNITS:
+                order.end(stillborn[-1])
+            else:
+                self._hand(order)
+
+    def _hand(self, order: _Order) -> None:
+        if not self._open:
+            if self._process is not None and self._process.seen != seen():
+                self._end()
+            self._asked, self._heard = None, time.monotonic()
+        self._process = self._process or Process()
+        number = next(self._numbers)
+        suspects = order.suspects
+        try:
+            self._process.give(
+                order.job, (number, order.unit, order.part, suspects.apart, suspects.condemned)
+            )
+        except OSError:
+            pass  # it has died, as will be noticed
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            order.end(
+                f"{order.stage} can't be handed to a worker's process ({error}): define its class "
+                "at the top of a module, and open files and the like in setup"
+            )
+            return
+        order.begin()
+        self._open[number] = order
+
+    def _follow(self) -> None:
+        """Takes in one message, or looks at the clock."""
+        process = self._process
+        assert process is not None
+        try:
+            if self._asked is None and any(o.driver.stopping() for o in self._open.values()):
+                self._asked = time.monotonic()
+                process.connection.send(("stop",))
+            if process.connection.poll(TICK_SECONDS):
+                self._hear(*json.loads(process.connection.recv_bytes()))
+            # A process that the child left behind may hold the pipe open.
+            elif process.process.poll() is not None and not process.connection.poll():
+                raise EOFError
+        except (EOFError, OSError):
+            self._died(Death(process.wait()), given_up=self._asked is not None)
+            return
+        now = time.monotonic()
+        if self._asked is not None and now - self._asked > GRACE_SECONDS and self._open:
+            process.kill()
+            self._died(Death(-signal.SIGKILL), given_up=True)
+            return
+        flying = (order for order in self._open.values() if order.ids)
+        limit = next((order.job.stage.time_limit for order in flying), None)
+        if limit is not None and now - self._heard > limit:
+            process.kill()
+            self._died(Death(-signal.SIGKILL, limit))
+
+    def _hear(self, what: str, value: Any) -> None:
+        self._heard = time.monotonic()
+        if what == "alive":
+            return
+        if what == "note":
+            next(iter(self._open.values())).driver.note(value)
+            return
+        number, told = value
+        order = self._open[number]
+        if what == "begin":
+            order.ids |= dict.fromkeys(told)
+            order.tried = True
+        elif what == "through":
+            for clip in told:
+                order.ids.pop(clip, None)  # the condemned never were
+        elif what == "rows":
+            counts = Counts(**told)
+            order.uncommitted += counts
+            order.driver.rows(order.stage, counts)
+        elif what == "committed":
+            order.uncommitted += _taken_back(Counts(**told))
+        elif what == "receipt":
+            del self._open[number]
+            self._stillborn.pop(order.stage, None)
+            counts = Counts(**told["counts"])
+            order.done.set_result(Receipt(**{**told, "stage": order.stage, "counts": counts}))
+
+    def _died(self, death: Death, given_up: bool = False) -> None:
+        """Ends what is left of the process, and has its units run again."""
+        orders = list(self._open.values())
+        self._open = {}
+        self._end()
+        for order in orders:
+            order.take_back()
+            if given_up:
+                order.end()
+        if given_up:
+            return
+        blamed = [order for order in orders if order.ids]
+        for order in blamed:
+            order.suspects.died(order.stage, list(order.ids), death)
+        if blamed:
+            blamed[0].driver.note(_told(blamed, death))
+        elif orders and self._idle(orders[0], death):
+            del orders[0]
+        self._waiting.extendleft(reversed(orders))
+
+    def _idle(self, order: _Order, death: Death) -> bool:
+        """Whether this was one death too many with no clip in flight."""
+        order.idle += 1
+        if order.idle < IDLE_DEATHS:
+            return False
+        error = (
+            f"the worker's process {death.how}, {order.idle} times, while no clip was being "
+            f"processed: {order.stage} can't be set up on this machine, or its results can't be "
+            "committed. `--set run.isolate=false` runs it where a debugger sees it"
+        )
+        if not order.tried:
+            self._stillborn.setdefault(order.stage, []).append(error)
+        order.end(error)
+        return True
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.end()
 
 
 @functools.cache
@@ -188,98 +351,15 @@ def own_worker(isolate: bool) -> Runs:
     return Worker() if isolate else InProcess()
 
 
-def _told(stage: str, suspects: Suspects, end: _Ended) -> str:
-    if len(end.ids) > 1:
-        what = f"{len(end.ids)} clips, which are tried apart"
-    elif end.ids[0] in suspects.condemned:
-        what = f"clip {end.ids[0]}, which is settled as failed"
+def _told(blamed: list[_Order], death: Death) -> str:
+    ids = [clip for order in blamed for clip in order.ids]
+    if len(ids) > 1:
+        what = f"{len(ids)} clips, which are tried apart"
+    elif ids[0] in blamed[0].suspects.condemned:
+        what = f"clip {ids[0]}, which is settled as failed"
     else:
-        what = f"clip {end.ids[0]}, which is tried again"
-    return f"{stage}: a worker {end.death.how} at {what}"
-
-
-@dataclass
-class _Ended:
-    """An attempt that gave no receipt."""
-
-    death: Death
-    ids: list[str]  # what was in flight
-    tried: bool  # whether any clip was
-    given_up: bool = False  # it took too long after somebody asked to stop
-
-
-class _Attempt:
-    """One run of a unit by the child, followed over the pipe."""
-
-    def __init__(self, child: _Child, job: Job, driver: Driver) -> None:
-        self._child, self._job, self._driver = child, job, driver
-        self._name = job.stage.name
-        self._ids: dict[str, None] = {}  # in flight, in the order in which they were taken
-        self._tried = False
-        self._open = Counts()  # told to the driver and not committed yet
-        self._heard = time.monotonic()
-
-    def run(self, unit: str, part: Part, suspects: Suspects) -> Receipt | _Ended:
-        asked: float | None = None
-        limit = self._job.stage.time_limit
-        try:
-            self._child.give(self._job, (unit, part, suspects.apart, suspects.condemned))
-            while True:
-                if asked is None and self._driver.stopping():
-                    asked = time.monotonic()
-                    self._child.connection.send("stop")
-                receipt = self._listen()
-                if receipt is not None:
-                    return receipt
-                now = time.monotonic()
-                if asked is not None and now - asked > GRACE_SECONDS:
-                    self._child.kill()
-                    return self._ended(Death(-signal.SIGKILL), given_up=True)
-                if limit is not None and self._ids and now - self._heard > limit:
-                    self._child.kill()
-                    return self._ended(Death(-signal.SIGKILL, limit))
-        except (EOFError, OSError):
-            return self._ended(Death(self._child.wait()), given_up=asked is not None)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            reason = (
-                f"{self._name} can't be handed to a worker's process ({error}): define its class "
-                "at the top of a module, and open files and the like in setup"
-            )
-            return Receipt(self._name, unit, error=reason)
-
-    def _listen(self) -> Receipt | None:
-        """Takes in one message, if there is one before the next look at the clock."""
-        connection = self._child.connection
-        if not connection.poll(TICK_SECONDS):
-            # A process that the child left behind may hold the pipe open.
-            if self._child.process.poll() is not None and not connection.poll():
-                raise EOFError
-            return None
-        what, value = json.loads(connection.recv_bytes())
-        self._heard = time.monotonic()
-        if what == "begin":
-            self._ids |= dict.fromkeys(value)
-            self._tried = True
-        elif what == "rows":
-            counts = Counts(**value)
-            self._open += counts
-            self._driver.rows(self._name, counts)
-        elif what == "through":
-            for clip in value:
-                self._ids.pop(clip, None)  # the condemned never were
-        elif what == "committed":
-            self._open += _taken_back(Counts(**value))
-        elif what == "note":
-            self._driver.note(value)
-        elif what == "receipt":
-            counts = Counts(**value["counts"])
-            return Receipt(**{**value, "stage": self._name, "counts": counts})
-        return None
-
-    def _ended(self, death: Death, given_up: bool = False) -> _Ended:
-        if self._open.total:
-            self._driver.rows(self._name, _taken_back(self._open))
-        return _Ended(death, list(self._ids), self._tried, given_up)
+        what = f"clip {ids[0]}, which is tried again"
+    return f"{blamed[0].stage}: a worker {death.how} at {what}"
 
 
 def _taken_back(counts: Counts) -> Counts:
@@ -287,73 +367,3 @@ def _taken_back(counts: Counts) -> Counts:
     rejected = {reason: -n for reason, n in counts.rejected.items()}
     failed = {reason: -n for reason, n in counts.failed.items()}
     return Counts(-counts.total, -counts.kept, rejected, failed, -counts.pending)
-
-
-class _Child:
-    """The process, its pipe, and a second pipe whose closing kills it."""
-
-    def __init__(self) -> None:
-        self.seen = _seen()
-        self._job: Job | None = None
-        self._modelled: AnyStage | None = None  # the last stage that has a model, and its number
-        self._number = 0
-        self.connection, theirs = Pipe()
-        watched, self._lifeline = os.pipe()
-        handles = (theirs.fileno(), watched)
-        command = [sys.executable, "-P", "-c", _START, *map(str, handles)]
-        try:
-            self.process = subprocess.Popen(
-                command,
-                pass_fds=handles,
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # ours is for data
-                start_new_session=True,  # Ctrl-C is for the supervisor
-            )
-        finally:
-            theirs.close()
-            os.close(watched)
-        self.connection.send(sys.path)
-
-    def give(self, job: Job, unit: tuple[Any, ...]) -> None:
-        """Has the unit run. What it is run with is sent once, with a number by which the process
-        knows whether it has the stage's model."""
-        if job is not self._job:
-            stage = job.stage
-            if stage.loads_model and stage is not self._modelled:
-                self._modelled = stage
-                self._number += 1
-            self.connection.send(("job", self._number, job.store, job.dag, stage, job.retry))
-            self._job = job
-        self.connection.send(("unit", *unit))
-
-    def kill(self) -> None:
-        """Kills the process and those that it started, which are in its group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def wait(self) -> int:
-        """How the process ended: it has closed its pipe, and now it ends or is ended."""
-        deadline = time.monotonic() + END_SECONDS
-        how = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while (
-            self.process.returncode is None
-            and not os.waitid(os.P_PID, self.process.pid, how)
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.005)
-        self.kill()  # before the process is waited for, as long as its id is surely its own
-        try:
-            return self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:  # it hangs in the kernel, on a dead mount
-            return -signal.SIGKILL
-
-    def end(self) -> None:
-        """Ends the process, however it is."""
-        self.connection.close()
-        if self.process.returncode is None:
-            self.wait()
-        os.close(self._lifeline)
-
-
-def _seen() -> tuple[str | None, ...]:
-    return tuple(os.environ.get(name) for name in SEEN)

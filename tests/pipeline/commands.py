@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,25 +17,45 @@ MARK = "VIDPIPE_TEST_MARK"
 SHIPPED = ("download", "probe", "score", "filter", "recaption", "encode")
 
 
-def project(folder: Path, captions: Sequence[str], stages: Sequence[str], more: str = "") -> Path:
-    """A folder with a vidpipe.yaml of toy stages only, given as `name: module:Class`."""
+def project(
+    folder: Path,
+    captions: Sequence[str],
+    stages: Sequence[str] = (),
+    more: str = "",
+    on: Sequence[str] = (),
+) -> Path:
+    """A folder with a vidpipe.yaml of toy stages, given as `name: module:Class`, and of our own
+    only those that are `on`."""
     folder.mkdir(exist_ok=True)
     rows = [{"path": f"{i}.mp4", "text": caption} for i, caption in enumerate(captions)]
     (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    off = "".join(f"{name}: {{enabled: false}}\n" for name in SHIPPED)
+    off = "".join(f"{name}: {{enabled: false}}\n" for name in SHIPPED if name not in on)
     used = "".join(f'  {name}: {{use: "{use}"}}\n' for name, use in (s.split("=") for s in stages))
     (folder / "vidpipe.yaml").write_text(
-        f"source: {{kind: jsonl, path: ./clips.jsonl}}\n{off}stages:\n{used}{more}"
+        "source: {kind: jsonl, path: ./clips.jsonl}\n"
+        f"{off}{'stages:' if used else ''}\n{used}{more}"
     )
     return folder
 
 
 class Command:
-    """A `vidpipe` that is running. Its descendants bear a mark by which they are found again."""
+    """A `vidpipe` that is running. Its descendants bear a mark by which they are found again.
+    Signals are as in a terminal but for those `ignored`: what runs in the background or under
+    nohup, as tests may, hands down that some are."""
 
     def __init__(
-        self, folder: Path, *words: str, path: Sequence[Path] = (), env: Mapping[str, str] = {}
+        self,
+        folder: Path,
+        *words: str,
+        path: Sequence[Path] = (),
+        env: Mapping[str, str] = {},
+        ignored: Sequence[int] = (),
     ) -> None:
+        def heed() -> None:
+            for number in (signal.SIGINT, signal.SIGHUP):
+                how = signal.SIG_IGN if number in ignored else signal.SIG_DFL
+                signal.signal(number, how)
+
         self.mark = uuid.uuid4().hex
         paths = os.pathsep.join(map(str, (*path, ROOT, Path(__file__).parent)))
         self._stderr = (folder / f"stderr-{self.mark}.txt").open("w+")
@@ -46,6 +67,7 @@ class Command:
             stdout=self._stdout,
             stderr=self._stderr,
             start_new_session=True,
+            preexec_fn=heed,
         )
 
     def signal(self, number: int) -> None:

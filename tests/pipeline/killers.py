@@ -74,6 +74,27 @@ class Streaming(Killer):
         yield from reversed(flying)
 
 
+class Modelled(Streaming):
+    """Has a model, takes its time, and notes each of its streams in the folder of its settings."""
+
+    name = "modelled"
+
+    def setup(self) -> None:
+        return None
+
+    def one(self, caption: str) -> None:
+        if caption == "crash":
+            raise ZeroDivisionError("a fault of the stage")
+        time.sleep(0.05)
+
+    def stream(
+        self, batches: Iterator[pa.Table], model: None
+    ) -> Generator[tuple[int, list[Outcome]]]:
+        with (Path(self.settings.folder) / "streams").open("a") as file:
+            file.write("stream ")
+        yield from super().stream(batches, model)
+
+
 class Loader(Stage[KillerSettings, str]):
     """Has a model, whose every loading it notes; can die while it loads it."""
 

@@ -140,7 +140,7 @@ def test_killed_midway_it_leaves_a_state_that_was(
 ) -> None:
     """Of settings not in use, several commits a unit and a snapshot; then they are used again."""
     monkeypatch.setattr(logs, "_LOOSE_COMMITS", 2)
-    monkeypatch.setattr("pipeline.unit.COMMIT_BYTES", 1)
+    monkeypatch.setattr("pipeline.commits.COMMIT_BYTES", 1)
     batches = {"length": {"batch_size": 1}}
     old = ran(tmp_path, **batches)
     expected = query.select(old, None)

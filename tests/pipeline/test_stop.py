@@ -42,6 +42,15 @@ def test_what_is_done_is_committed(tmp_path: Path, number: signal.Signals) -> No
     assert 0 < found["kept"] < 60 and found["kept"] + found["pending"] == 60
 
 
+def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
+    made = project(tmp_path, [f"0.1 {tmp_path} {i}" for i in range(10)], SLOW)
+    command = Command(made, "run", "--runner", "local", ignored=[signal.SIGHUP])
+    until(lambda: begun(made))
+    command.signal(signal.SIGHUP)
+    assert command.wait() == 0, command.said
+    assert account(made, "slow")["kept"] == 10
+
+
 def test_in_the_debugger_s_way_too(tmp_path: Path) -> None:
     made = project(tmp_path, [f"0.2 {tmp_path} {i}" for i in range(60)], SLOW)
     command = Command(made, "run", "--runner", "local", "--set", "run.isolate=false")

@@ -15,10 +15,11 @@ from toys import Length, pipeline
 
 from manifests.intake import scan
 from manifests.log import Counts
-from pipeline import query, unit
+from pipeline import commits, query
 from pipeline.report import Reporter
 from pipeline.run import run
-from pipeline.unit import Retry, run_unit
+from pipeline.streams import run_piece
+from pipeline.unit import Piece, Retry
 from pipeline.workers.watch import Watch
 from stages import base
 from stages.base import Outcome, spent
@@ -82,7 +83,9 @@ class Watching(Watch):
 def test_what_is_taken_and_not_answered_is_in_flight(tmp_path: Path) -> None:
     made = pipeline(tmp_path, [f"clip {i}" for i in range(10)], [Streaming])
     watch, stage = Watching(), made.stages["streaming"]
-    receipt = run_unit(made.store, made.dag, stage, stage.setup, only_unit(made), watch=watch)
+    receipt = run_piece(
+        made.store, made.dag, stage, stage.setup, Piece(only_unit(made), watch=watch)
+    )
     assert receipt.error is None
     assert (watch.most, watch.flying, watch.commits) == (4, set(), 10)
 
@@ -90,7 +93,9 @@ def test_what_is_taken_and_not_answered_is_in_flight(tmp_path: Path) -> None:
 def test_a_stream_that_is_stopped_commits_its_answers_and_leaves_the_rest(tmp_path: Path) -> None:
     made = pipeline(tmp_path, [f"clip {i}" for i in range(10)], [Streaming])
     watch, stage = Watching(stop_after=2), made.stages["streaming"]
-    receipt = run_unit(made.store, made.dag, stage, stage.setup, only_unit(made), watch=watch)
+    receipt = run_piece(
+        made.store, made.dag, stage, stage.setup, Piece(only_unit(made), watch=watch)
+    )
     assert receipt.error is None
     assert receipt.counts == Counts(2, 2)
     assert watch.commits == 2
@@ -115,7 +120,9 @@ def test_what_is_done_is_committed_before_a_stream_that_was_stopped_has_closed(
     made = pipeline(tmp_path, [f"clip {i}" for i in range(10)], [Lingering])
     watch, stage = Watching(stop_after=2), made.stages["streaming"]
     watch.committed = lambda counts: committed.set()  # type: ignore[method-assign]
-    receipt = run_unit(made.store, made.dag, stage, stage.setup, only_unit(made), watch=watch)
+    receipt = run_piece(
+        made.store, made.dag, stage, stage.setup, Piece(only_unit(made), watch=watch)
+    )
     assert receipt.error is None and receipt.counts == Counts(2, 2)
     assert seen == [True]
 
@@ -155,17 +162,17 @@ def test_commits_run_beside_the_next_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a part committed after each batch, one at a time, and all of them in order."""
-    monkeypatch.setattr(unit, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(commits, "COMMIT_BYTES", 1)
     made = pipeline(
         tmp_path, [f"word {i}" for i in range(6)], [Length], {"length": {"batch_size": 1}}
     )
     name = only_unit(made)
     watch, stage = Watching(), made.stages["length"]
-    receipt = run_unit(made.store, made.dag, stage, stage.setup, name, watch=watch)
+    receipt = run_piece(made.store, made.dag, stage, stage.setup, Piece(name, watch=watch))
     assert receipt.error is None
-    commits = made.dag.log(made.store, "length").commits(name)
-    assert [c.rows for c in commits] == [1] * 6
-    assert [c.counts.pending for c in commits] == [5, 4, 3, 2, 1, 0]
+    done = made.dag.log(made.store, "length").commits(name)
+    assert [c.rows for c in done] == [1] * 6
+    assert [c.counts.pending for c in done] == [5, 4, 3, 2, 1, 0]
     assert watch.commits == 6
 
 
@@ -177,13 +184,13 @@ class SlowlyCommitted(Length):
 
 def test_a_slow_commit_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows may be in flight meanwhile, which a time limit would blame."""
-    monkeypatch.setattr(unit, "COMMIT_BYTES", 1)
-    monkeypatch.setattr(unit, "SIGN_OF_LIFE", 0.01)
+    monkeypatch.setattr(commits, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(commits, "SIGN_OF_LIFE", 0.01)
     heard: list[None] = []
     monkeypatch.setattr(base, "_listener", lambda: heard.append(None))
     made = pipeline(tmp_path, ["a", "b"], [SlowlyCommitted], {"length": {"batch_size": 1}})
     stage = made.stages["length"]
-    receipt = run_unit(made.store, made.dag, stage, stage.setup, only_unit(made))
+    receipt = run_piece(made.store, made.dag, stage, stage.setup, Piece(only_unit(made)))
     assert receipt.counts.kept == 2 and heard
 
 
@@ -199,5 +206,5 @@ class Waits(Length):
 def test_the_receipt_says_what_a_stream_spent_its_time_on(tmp_path: Path) -> None:
     made = pipeline(tmp_path, ["a", "b"], [Waits], {"length": {"batch_size": 1}})
     stage = made.stages["length"]
-    receipt = run_unit(made.store, made.dag, stage, stage.setup, only_unit(made))
+    receipt = run_piece(made.store, made.dag, stage, stage.setup, Piece(only_unit(made)))
     assert receipt.seconds["wait"] == 0.5

@@ -15,7 +15,7 @@ from manifests.intake import scan
 from manifests.log import Counts
 from manifests.shards import LATENTS, Index, LatentSpec, read_latents
 from manifests.store import StoreError
-from pipeline import index, query, unit
+from pipeline import commits, index, query
 from pipeline import plan as planning
 from pipeline.account import account, summary
 from pipeline.config import ConfigError
@@ -23,7 +23,8 @@ from pipeline.dag import Pipeline
 from pipeline.repair import repair
 from pipeline.report import Reporter
 from pipeline.run import run
-from pipeline.unit import Retry, run_unit
+from pipeline.streams import run_piece
+from pipeline.unit import Piece, Receipt, Retry
 from pipeline.verify import verify
 from stages.base import Failed, Outcome, Rejected, Row
 
@@ -83,7 +84,7 @@ class Auditing(Reporter):
     def rows(self, stage: str, counts: Counts) -> None:
         self.look()
 
-    def unit(self, receipt: unit.Receipt) -> None:
+    def unit(self, receipt: Receipt) -> None:
         self.look()
 
     def look(self) -> None:
@@ -248,7 +249,7 @@ def test_a_stage_that_breaks_its_contract_is_told_apart(
 def test_large_units_are_committed_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unit, "COMMIT_BYTES", 400)
+    monkeypatch.setattr(commits, "COMMIT_BYTES", 400)
     made = pipeline(tmp_path, ["word"] * 9, [Length], {"length": {"batch_size": 2}})
     made.config.run.model_copy()
     scan(made.store, made.config.source, 9)
@@ -256,9 +257,9 @@ def test_large_units_are_committed_in_parts(
     assert status["length"] == Counts(9, 9)
     log = made.dag.log(made.store, "length")
     (only,) = log.units()
-    commits = log.commits(only)
-    assert [c.rows for c in commits] == [4, 4, 1]
-    assert [c.counts.pending for c in commits] == [5, 1, 0]
+    done = log.commits(only)
+    assert [c.rows for c in done] == [4, 4, 1]
+    assert [c.counts.pending for c in done] == [5, 1, 0]
 
 
 def test_slow_work_is_committed_from_time_to_time(
@@ -266,7 +267,7 @@ def test_slow_work_is_committed_from_time_to_time(
 ) -> None:
     made = pipeline(tmp_path, ["word"] * 6, [Length], {"length": {"batch_size": 2}})
     scan(made.store, made.config.source, 6)
-    monkeypatch.setattr(unit, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(commits, "COMMIT_SECONDS", 0.0)
     go(made)
     log = made.dag.log(made.store, "length")
     assert [[c.rows for c in log.commits(name)] for name in log.units()] == [[2, 2, 2]]
@@ -282,15 +283,15 @@ def test_two_workers_on_one_unit_leave_each_row_once(tmp_path: Path) -> None:
 
         def process(self, rows: list[Row], model: None) -> list[Outcome]:
             other = made.stages["length"]
-            run_unit(made.store, made.dag, other, other.setup, name)
+            run_piece(made.store, made.dag, other, other.setup, Piece(name))
             return super().process(rows, model)
 
     slow = Meddled(made.stages["length"].settings, made.stages["length"].context)
-    receipt = run_unit(made.store, made.dag, slow, slow.setup, name)
+    receipt = run_piece(made.store, made.dag, slow, slow.setup, Piece(name))
     assert receipt.error is None
     log = made.dag.log(made.store, "length")
-    commits = log.commits(name)
-    assert [c.rows for c in commits] == [3], "the loser's rows are dropped"
+    done = log.commits(name)
+    assert [c.rows for c in done] == [3], "the loser's rows are dropped"
     assert len([n for n in made.store.find(log.prefix) if n.endswith(".parquet")]) == 1
     assert planning.status(made)["length"] == Counts(3, 3)
 
@@ -477,20 +478,20 @@ def test_parts_of_a_unit_are_settled_side_by_side(tmp_path: Path) -> None:
     (name,) = made.dag.log(made.store, "source").units()
     stage = made.stages["length"]
     receipts = [
-        run_unit(made.store, made.dag, stage, stage.setup, name, part=(number, 3))
+        run_piece(made.store, made.dag, stage, stage.setup, Piece(name, part=(number, 3)))
         for number in (2, 0, 1)
     ]
     assert sum(r.counts.total for r in receipts) == 24
     assert all(0 < r.counts.total < 24 for r in receipts)
-    commits = made.dag.log(made.store, "length").commits(name)
-    assert [c.counts.pending for c in commits][-1] == 0
+    done = made.dag.log(made.store, "length").commits(name)
+    assert [c.counts.pending for c in done][-1] == 0
     assert planning.status(made)["length"] == Counts(24, 12, {"empty": 8}, {"bad_caption": 4})
 
 
 def test_what_another_driver_settled_between_two_commits_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unit, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(commits, "COMMIT_SECONDS", 0.0)
     made = pipeline(tmp_path, ["word"] * 8, [Length], {"length": {"batch_size": 2}})
     scan(made.store, made.config.source, 8)
     (name,) = made.dag.log(made.store, "source").units()
@@ -504,11 +505,11 @@ def test_what_another_driver_settled_between_two_commits_is_dropped(
         def process(self, rows: list[Row], model: None) -> list[Outcome]:
             Overtaken.calls += 1
             if Overtaken.calls == 2:
-                run_unit(made.store, made.dag, other, other.setup, name)
+                run_piece(made.store, made.dag, other, other.setup, Piece(name))
             return super().process(rows, model)
 
     slow = Overtaken(other.settings, other.context)
-    assert run_unit(made.store, made.dag, slow, slow.setup, name).error is None
+    assert run_piece(made.store, made.dag, slow, slow.setup, Piece(name)).error is None
     log = made.dag.log(made.store, "length")
     assert sum(c.rows for c in log.commits(name)) == 8, "a clip stands twice"
     assert planning.status(made)["length"] == Counts(8, 8)

@@ -113,7 +113,7 @@ def test_a_damaged_commit_is_put_aside_and_its_rows_are_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of several: numbers must keep no gap, and later counts must not stand."""
-    monkeypatch.setattr("pipeline.unit.COMMIT_BYTES", 1)
+    monkeypatch.setattr("pipeline.commits.COMMIT_BYTES", 1)
     made = pipeline(tmp_path, CAPTIONS, settings={"length": {"batch_size": 1}})
     ran(made)
     expected = table_of(made)
@@ -134,7 +134,7 @@ def test_a_damaged_commit_is_put_aside_and_its_rows_are_made_anew(
 def test_a_commit_that_is_gone_is_noticed_by_the_gap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.unit.COMMIT_BYTES", 1)
+    monkeypatch.setattr("pipeline.commits.COMMIT_BYTES", 1)
     made = pipeline(tmp_path, CAPTIONS, settings={"length": {"batch_size": 1}})
     ran(made)
     expected = table_of(made)

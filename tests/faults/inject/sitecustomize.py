@@ -93,26 +93,26 @@ def patch_log(module):
 
 
 def patch_unit(module):
-    run_unit, lanes = module.run_unit, module.lanes
-    now = {}
+    unit = module.OpenUnit
+    open_, batch, close = unit.__init__, unit.batch, unit.close
 
-    def noted(store, dag, stage, model, unit, *rest, **named):
-        now["stage"], now["unit"] = stage.name, unit
-        note("begin", stage.name, unit)
-        receipt = run_unit(store, dag, stage, model, unit, *rest, **named)
-        note("end", stage.name, unit)
-        return receipt
+    def opened(self, store, dag, stage, model, retry, piece, *rest):
+        self.noted = (stage.name, piece.unit)
+        note("begin", *self.noted)
+        open_(self, store, dag, stage, model, retry, piece, *rest)
 
-    def logged(ids, size, watch):
-        def noted_too(lane):
-            for places in lane:
-                for place in places:
-                    note("row", now["stage"], now["unit"], ids[place])
-                yield places
+    def noted(self, number, places):
+        rows = batch(self, number, places)
+        ids = self._book.column("clip_id").to_pylist()
+        for place in places:
+            note("row", *self.noted, ids[place])
+        return rows
 
-        yield from map(noted_too, lanes(ids, size, watch))
+    def closed(self, keep=True):
+        close(self, keep)
+        note("end", *self.noted)
 
-    module.run_unit, module.lanes = noted, logged
+    unit.__init__, unit.batch, unit.close = opened, noted, closed
 
 
 PATCHES = {
