@@ -11,14 +11,14 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from manifests.schema import did_you_mean, digest
 from stages.base import (
@@ -57,6 +57,24 @@ _SPEED_ARGS = {
     "distributed_executor_backend",
 }
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,39}")
+
+
+class PriceSettings(BaseModel):
+    """What a server takes for its tokens, in money for a million of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: float = Field(ge=0, description="tokens of prompts")
+    output: float = Field(ge=0, description="tokens of answers")
+    cached: float | None = Field(
+        None, ge=0, description="of the prompts' tokens those that the server had cached"
+    )
+
+    def of(self, amounts: Mapping[str, float]) -> float:
+        cached = amounts.get("cached_tokens", 0)
+        fresh = amounts.get("prompt_tokens", 0) - cached
+        rate = self.input if self.cached is None else self.cached
+        return (fresh * self.input + cached * rate + amounts.get("tokens", 0) * self.output) / 1e6
 
 
 class RecaptionSettings(StageSettings):
@@ -102,6 +120,11 @@ class RecaptionSettings(StageSettings):
     timeout: Speed[float] = Field(120.0, gt=0, description="openai: seconds for an answer")
     retries: Speed[int] = Field(4, ge=0, description="openai: further tries after a passing fault")
     backoff: Speed[float] = Field(1.0, ge=0, description="openai: seconds before the second try")
+    price: Speed[PriceSettings | None] = Field(
+        None,
+        description="openai: money for a million tokens, `{input: 0.15, output: 0.60}`, and "
+        "`cached`, of prompts; default: as input. Tells the cost, nothing else",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RecaptionSettings:
@@ -237,6 +260,10 @@ class Recaption(RowStage[RecaptionSettings, Engine]):
         )
         template = digest(self.template.text)
         return {**values, "settings": known, "model": model, "template": template, "answer": answer}
+
+    def cost(self, amounts: Mapping[str, float]) -> float | None:
+        price = self.settings.price
+        return None if price is None else price.of(amounts)
 
     def check_here(self) -> None:
         if self.settings.engine == "transformers":
