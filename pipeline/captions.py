@@ -100,23 +100,20 @@ def _add(view: UnitView, stage: str, found: Captions, texts: Ledger) -> None:
     view.settled(stage)  # and nothing behind it: a split would make several of a clip
     if found.column not in view.table.column_names:
         return
-    found.rejected.update(
-        {
-            reason: n
-            for reason, n in view.counts(stage).rejected.items()
-            if stage == "recaption" and reason.startswith("caption_")
-        }
-    )
+    written = f"{found.column}_flags" in view.table.column_names  # by a model, and checked
+    if written:
+        reasons = view.counts(stage).rejected.items()
+        found.rejected.update({r: n for r, n in reasons if r.startswith("caption_")})
     names = ["clip_id", found.column]
-    names += [f"recaption_{n}" for n in ("source", "flags", "attempts") if stage == "recaption"]
-    table = view.table.select([n for n in names if n in view.table.column_names])
+    names += [f"{found.column}_{n}" for n in ("source", "flags", "attempts") if written]
+    table = view.table.select(names)
     table = table.filter(table.column(found.column).is_valid())  # elsewhere it was not kept
     found.clips += len(table)
-    for name, into in (("source", found.sources), ("attempts", found.attempts)):
-        if f"recaption_{name}" in table.column_names:
-            into.update(table.column(f"recaption_{name}").to_pylist())
-    if "recaption_flags" in table.column_names:
-        found.flags.update(pc.list_flatten(table.column("recaption_flags")).to_pylist())
+    if written:
+        for name, into in (("source", found.sources), ("attempts", found.attempts)):
+            into.update(table.column(f"{found.column}_{name}").to_pylist())
+        flags = table.column(f"{found.column}_flags")
+        found.flags.update(pc.list_flatten(flags).to_pylist())
     captions = table.column(found.column).to_pylist()
     columns = {
         "key": pa.array([_key(text) for text in captions], pa.string()),

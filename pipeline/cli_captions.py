@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import click
 
@@ -15,7 +16,73 @@ _WIDTH = 90  # characters of a caption on the console
 
 @click.group()
 def captions() -> None:
-    """Look at the captions of a corpus as a whole."""
+    """Look at the captions of a corpus as a whole, and compare prompts and models."""
+
+
+@captions.command()
+@click.argument("a")
+@click.argument("b")
+@with_config
+@click.option(
+    "--n",
+    "n",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="How many clips.",
+)
+@click.option(
+    "--stage",
+    type=click.Choice(["recaption", "describe"]),
+    help="Whose captions; default: that whose captions are trained on.",
+)
+@click.option("--seed", default=0, show_default=True, help="Another one draws other clips.")
+@click.option(
+    "--out",
+    default="compare.html",
+    show_default=True,
+    metavar="FILE",
+    help="The page; written over.",
+)
+def compare(
+    a: str,
+    b: str,
+    file: str,
+    overrides: tuple[str, ...],
+    n: int,
+    stage: str | None,
+    seed: int,
+    out: str,
+) -> None:
+    """Write a page with what two prompts or models make of the same clips, beside their frames.
+
+    A and B are each: the name of a preset; a .yaml file with settings that take the place of those
+    in the stage's section; any other file, which is a prompt; or `current`, the configuration as it
+    is. The workdir stays as it is: nothing of this is kept but the page.
+    """
+    from pipeline.compare import compare as run_both
+    from pipeline.compare import sample, shown, side
+    from pipeline.compare_page import page
+    from stages.base import telling
+
+    last = [0.0]
+
+    def progress(what: str, always: bool) -> None:
+        if always or time.monotonic() - last[0] > PROGRESS_SECONDS:
+            last[0] = time.monotonic()
+            click.echo(what, err=True)
+
+    sides = [side(file, overrides, named, stage) for named in (a, b)]
+    rows = sample(sides[0], sides[1], n, seed)
+    if len(rows) < n:
+        click.echo(f"only {len(rows)} clips have come to {sides[0].stage.name} so far", err=True)
+    with telling(lambda what: click.echo(what, err=True)):
+        told = run_both(sides, rows, progress)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(told, [shown(sides[0], row) for row in rows]), encoding="utf-8")
+    click.echo(path)
 
 
 @captions.command()

@@ -26,6 +26,8 @@ from stages.base import Context, Stage, StageSettings
 from stages.media.sampling import Sampling
 
 DEFAULT_FILE = "vidpipe.yaml"
+# Stages that write captions, and their columns: the first that is there is what is trained on.
+CAPTIONED = {"recaption": "recaption", "describe": "description"}
 MOST_VALUES = 100_000  # of a configuration
 
 AnyStage = Stage[Any, Any]
@@ -137,7 +139,7 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> Config:
         workdir=_absolute(top.workdir, base),
         root=resolve_root(source),
         sampling=top.sampling,
-        captions="recaption" if "recaption" in chosen else "caption",
+        captions=next((c for stage, c in CAPTIONED.items() if stage in chosen), "caption"),
     )
     stages = {name: cls(settings, context) for name, (cls, settings) in chosen.items()}
     return Config(file, context.workdir, source, top.sampling, top.run, top.train, stages)
@@ -154,7 +156,7 @@ def _chosen(
     section = {} if section is None else section
     if isinstance(section, dict):
         base = Path(file).resolve().parent
-        section = {key: _from_file(value, base) for key, value in section.items()}
+        section = {key: from_file(value, base) for key, value in section.items()}
     settings = _validate(cls.Settings, section, where, file, lines)
     return {cls.name: (cls, settings)} if settings.enabled else {}
 
@@ -189,7 +191,7 @@ def _user_stage(
     return cls
 
 
-def _from_file(value: Any, base: Path) -> Any:
+def from_file(value: Any, base: Path) -> Any:
     """Models and files in a stage's section are relative to vidpipe.yaml: workers run elsewhere.
     Only what begins with ./ or ../ is taken for a path, since hub ids have slashes too."""
     if isinstance(value, str) and value.startswith(("./", "../", "~/")):

@@ -14,6 +14,7 @@ from manifests.schema import KEPT, digest
 from manifests.shards import INDEX, LatentSpec, TextSpec, file_facts, write_index
 from manifests.store import StoreError
 from manifests.view import UnitView
+from pipeline.config import CAPTIONED
 from pipeline.dag import Pipeline
 from pipeline.plan import views
 
@@ -25,11 +26,12 @@ def path(pipeline: Pipeline) -> str:
 
 
 def caption_column(pipeline: Pipeline) -> str:
-    """The caption to train on: what is embedded, or what recaption wrote, or the source's own where
-    that is left out."""
+    """The caption to train on: what is embedded, or what recaption or else describe wrote, or the
+    source's own where both are left out."""
     if "embed" in pipeline.stages:
         return pipeline.stages["embed"].reads[0]
-    return "recaption" if "recaption" in pipeline.stages else "caption"
+    written = (column for stage, column in CAPTIONED.items() if stage in pipeline.stages)
+    return next(written, "caption")
 
 
 def captions_column(column: str) -> str:
@@ -39,7 +41,8 @@ def captions_column(column: str) -> str:
 
 def needed(pipeline: Pipeline) -> list[str]:
     """The stages that must have kept a clip, encode first."""
-    beside = {"recaption": caption_column(pipeline) == "recaption", "embed": True}
+    column = caption_column(pipeline)
+    beside = {stage: own == column for stage, own in CAPTIONED.items()} | {"embed": True}
     return ["encode", *(n for n, wanted in beside.items() if wanted and n in pipeline.stages)]
 
 

@@ -55,7 +55,7 @@ class EmbedSettings(StageSettings):
         None, description="subfolder of the tokenizer; default: tokenizer in a diffusers pipeline"
     )
     column: str | None = Field(
-        None, description="of the captions; default: recaption, or caption where that is left out"
+        None, description="of the captions; default: recaption, else description, else caption"
     )
     max_length: int = Field(512, ge=1, le=8192, description="tokens; what is longer is cut off")
     padding: Literal["none", "max_length"] = Field(

@@ -17,43 +17,72 @@ from manifests.schema import did_you_mean, digest
 from stages.base import Rejected, Row, StageError
 
 FOLDER = Path(__file__).parents[1] / "prompts"
-DEFAULT = "rewrite"
+DEFAULT, DEFAULT_SEEING = "rewrite", "describe-dense"
 
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt with columns in braces."""
+    """A prompt with columns in braces. `hints` are columns that may be empty, `{caption?}`: a line
+    that has one is left out then."""
 
     text: str
     columns: tuple[str, ...]
+    hints: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> Template:
-        """Raises StageError for braces that are no plain column names."""
+    def parse(cls, text: str, sees: bool = False) -> Template:
+        """`sees`: frames go with it, so it need not be about a column. Raises StageError for braces
+        that are no plain column names."""
         text = text.strip()
         try:
             parts = list(string.Formatter().parse(text))
         except ValueError as error:
             raise StageError(f"the prompt's braces don't match: {error}") from error
-        columns = []
+        names = []
         for _, name, spec, conversion in parts:
             if name is None:
                 continue
-            if not name.isidentifier() or spec or conversion:
+            if not name.removesuffix("?").isidentifier() or spec or conversion:
                 raise StageError(
                     f"the prompt has {{{name}}}: braces hold the name of a column and nothing "
-                    "else; write {{ and }} for braces of the text"
+                    "else, but ? behind one that may be empty; write {{ and }} for braces of the "
+                    "text"
                 )
-            columns.append(name)
-        if not columns:
+            names.append(name)
+        columns = tuple(dict.fromkeys(n for n in names if not n.endswith("?")))
+        if not columns and not sees:
             raise StageError("the prompt names no column: put {caption} where the caption goes")
-        return cls(text, tuple(dict.fromkeys(columns)))
+        if not text:
+            raise StageError("the prompt is empty")
+        hints = dict.fromkeys(n[:-1] for n in names if n.endswith("?") and n[:-1] not in columns)
+        return cls(text, columns, tuple(hints))
+
+    @property
+    def original(self) -> str:
+        """The column of captions that it is about."""
+        about = "description" in self.columns and "caption" not in self.columns
+        return "description" if about else "caption"
 
     def render(self, row: Row) -> str | Rejected:
         for column in self.columns:
-            if row[column] is None or not str(row[column]).strip():
+            if _empty(row[column]):
                 return Rejected(f"empty_{column}", f"{column} is empty, and the prompt is about it")
-        return self.text.format_map({c: str(row[c]).strip() for c in self.columns})
+        text = self.text
+        for hint in self.hints:
+            if _empty(row[hint]):
+                lines = text.splitlines(keepends=True)
+                text = "".join(line for line in lines if f"{{{hint}?}}" not in line)
+        values = {c: "" if _empty(row[c]) else str(row[c]).strip() for c in self.asks}
+        return text.format_map(values | {f"{c}?": value for c, value in values.items()})
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """All columns that it names."""
+        return (*self.columns, *self.hints)
+
+
+def _empty(value: Any) -> bool:
+    return value is None or not str(value).strip()
 
 
 @dataclass(frozen=True)
@@ -69,6 +98,7 @@ class Prompt:
     captions: tuple[str, ...] = ()  # the keys of the answer that are captions
     main: str = ""  # the one of them that is the caption
     parts: tuple[str, ...] = field(default=())  # the other keys
+    sees: bool = False  # frames go with it
 
     @property
     def label(self) -> str:
@@ -97,8 +127,9 @@ def preset(name: str) -> Prompt:
     told = dict(line.split(": ", 1) for line in head.splitlines())
     schema = json.loads((FOLDER / told["schema"]).read_text()) if "schema" in told else None
     captions = tuple(told.get("captions", "").split())
+    sees = told.get("sees") == "frames"
     return Prompt(
-        Template.parse(text),
+        Template.parse(text, sees),
         told["name"],
         int(told["version"]),
         int(told["words"]) if "words" in told else None,
@@ -107,17 +138,24 @@ def preset(name: str) -> Prompt:
         captions,
         told.get("main", ""),
         tuple(key for key in schema["required"] if key not in captions) if schema else (),
+        sees,
     )
 
 
-def load_prompt(name: str | None, text: str | None, file: str | None) -> Prompt:
+def load_prompt(name: str | None, text: str | None, file: str | None, sees: bool = False) -> Prompt:
     """The prompt of the settings: one of a preset, a text or a file; else the default preset.
-    Raises StageError."""
+    `sees`: frames go with it. Raises StageError."""
     if text is not None:
-        return Prompt(Template.parse(text))
+        return Prompt(Template.parse(text, sees), sees=sees)
     if file is None:
-        return preset(name or DEFAULT)
+        found = preset(name or (DEFAULT_SEEING if sees else DEFAULT))
+        if found.sees != sees:
+            raise StageError(
+                f"preset {name} is about {'frames' if found.sees else 'text'}: it is for the stage "
+                f"{'describe' if found.sees else 'recaption'}"
+            )
+        return found
     try:
-        return Prompt(Template.parse(Path(file).read_text(encoding="utf-8")))
+        return Prompt(Template.parse(Path(file).read_text(encoding="utf-8"), sees), sees=sees)
     except (OSError, UnicodeDecodeError) as error:
         raise StageError(f"prompt_file {file} can't be read: {error}") from error

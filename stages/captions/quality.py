@@ -54,7 +54,11 @@ class QualitySettings(BaseModel):
     min_overlap: float = Field(
         0.1, ge=0, le=1, description="of content words with the original: less is `unrelated`"
     )
-    original: str = Field("caption", description="column to compare with and to fall back to")
+    original: str | None = Field(
+        None,
+        description="column to compare with and to fall back to; default: caption, or description "
+        "where the prompt is about that",
+    )
     retries: int = Field(
         2, ge=0, le=20, description="further answers to ask for, seeds of their own"
     )

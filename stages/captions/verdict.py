@@ -17,17 +17,29 @@ from stages.captions.prompt import Prompt
 from stages.captions.quality import FLAGS, Checked, QualitySettings, examine
 from stages.engines.base import Answer
 
-# Columns of recaption that speak of quality. The numbers are the last answer's.
-COLUMNS = (
-    pa.field("recaption_source", pa.string()),  # model | original
-    pa.field("recaption_attempts", pa.int32()),  # answers that were asked for
-    pa.field("recaption_flags", pa.list_(pa.string())),  # what is wrong with the last answer
-    pa.field("recaption_words", pa.int32()),
-    pa.field("recaption_repetition", pa.float32()),  # share of words
-    pa.field("recaption_foreign", pa.float32()),  # share of words
-    pa.field("recaption_overlap", pa.float32()),  # share of content words; null: too few to tell
-    pa.field("recaption_captions", CAPTIONS),  # every caption, of prompts that ask for several
-)
+
+def columns(caption: str) -> pa.Schema:
+    """The column of captions `caption`, and those that say how each came about. The numbers are
+    the last answer's."""
+    beside = {
+        "raw": pa.string(),  # the answer as it came
+        "model": pa.string(),
+        "prompt": pa.string(),  # of a preset its name, and the hash
+        "tokens": pa.int32(),  # of the answer
+        "prompt_tokens": pa.int32(),
+        "truncated": pa.bool_(),  # cut off at max_tokens
+        "source": pa.string(),  # model | original
+        "attempts": pa.int32(),  # answers that were asked for
+        "flags": pa.list_(pa.string()),  # what is wrong with the last answer
+        "words": pa.int32(),
+        "repetition": pa.float32(),  # share of words
+        "foreign": pa.float32(),  # share of words
+        "overlap": pa.float32(),  # share of content words; null: too few to tell
+        "captions": CAPTIONS,  # every caption, of prompts that ask for several
+    }
+    named = [pa.field(f"{caption}_{name}", kind) for name, kind in beside.items()]
+    return pa.schema([pa.field(caption, pa.string()), *named])
+
 
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 _THOUGHTS = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)
@@ -116,11 +128,17 @@ def read_parts(text: str, prompt: Prompt) -> dict[str, str] | None:
 
 
 def settle(
-    verdict: Verdict, settings: QualitySettings, attempt: int, original: str | None, made: Row
+    verdict: Verdict,
+    settings: QualitySettings,
+    attempt: int,
+    original: str | None,
+    made: Row,
+    column: str,
 ) -> Outcome | None:
     """The clip's outcome after its `attempt`-th answer (from 1); None: ask again.
 
-    `made` are the columns of the answer itself: the raw one, which model and prompt.
+    `made` are facts about the answer itself, the raw one among them, by the names in `columns`;
+    `column` is the caption's.
     """
     refused = verdict.refused(settings)
     if refused and attempt <= settings.retries:
@@ -130,20 +148,20 @@ def settle(
         caption, captions = (original or "").strip(), None
         source = "original"
         if settings.fallback == "reject" or not caption:
-            found = f"{', '.join(refused)} in {attempt} answers, the last {made['recaption_raw']!r}"
+            found = f"{', '.join(refused)} in {attempt} answers, the last {made['raw']!r}"
             return Rejected(f"caption_{refused[0]}", found[:500])
     if not caption:
-        return Failed("empty_answer", f"the model wrote {made['recaption_raw']!r:.80}")
+        return Failed("empty_answer", f"the model wrote {made['raw']!r:.80}")
     checked = verdict.checked
-    return {
-        "recaption": caption,
+    beside = {
         **made,
-        "recaption_source": source,
-        "recaption_attempts": attempt,
-        "recaption_flags": list(checked.flags),
-        "recaption_words": checked.words,
-        "recaption_repetition": checked.repetition,
-        "recaption_foreign": checked.foreign,
-        "recaption_overlap": checked.overlap,
-        "recaption_captions": captions,
+        "source": source,
+        "attempts": attempt,
+        "flags": list(checked.flags),
+        "words": checked.words,
+        "repetition": checked.repetition,
+        "foreign": checked.foreign,
+        "overlap": checked.overlap,
+        "captions": captions,
     }
+    return {column: caption, **{f"{column}_{name}": value for name, value in beside.items()}}

@@ -1,4 +1,5 @@
-"""What a text engine is: prompts in, answers out, one for one. Knows nothing of clips."""
+"""What an engine is: prompts in, with or without pictures, answers out, one for one. Knows nothing
+of clips."""
 
 from __future__ import annotations
 
@@ -7,12 +8,39 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.base import StageError
+
+
+class Prepared(Protocol):
+    """Pictures as an engine takes them."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pictures:
+    """What goes with a prompt: `frames` uint8 RGB [n, height, width, 3], `fps` of them a second;
+    each by itself, or all as one `video`."""
+
+    frames: NDArray[np.uint8]
+    fps: float
+    video: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.frames.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
     prompt: str
     seed: int  # of this request alone, so that neighbours and order change nothing
     temperature: float | None = None  # None: as the sampling settings have it
+    seen: Prepared | None = None  # what the engine's own `prepared` made
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,10 @@ class Engine(Protocol):
         """
         ...
 
+    def prepared(self, pictures: Pictures) -> Prepared:
+        """Pictures made ready for requests. Called in threads ahead of the engine, many at once."""
+        ...
+
     def close(self) -> None:
         """Gives back what the engine holds."""
         ...
@@ -94,6 +126,64 @@ def encode(tokenizer: Any, prompt: str, template_args: Mapping[str, Any]) -> lis
     )
     # The template has written the special tokens already.
     return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def shown(processor: Any, prompt: str, seen: Pictures, template_args: Mapping[str, Any]) -> str:
+    """The prompt through the chat template of a model's processor, with a place for each picture.
+    Pictures come first, so that several questions about them have a beginning in common."""
+    kinds = ["video"] if seen.video else ["image"] * len(seen.frames)
+    template = processor.chat_template  # some tokenizers have none, or one that knows no pictures
+    text = processor.tokenizer.apply_chat_template(
+        [
+            {
+                "role": "user",
+                "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}],
+            }
+        ],
+        chat_template=template["default"] if isinstance(template, dict) else template,
+        tokenize=False,
+        add_generation_prompt=True,
+        **template_args,
+    )
+    return str(text)
+
+
+def read_processor(folder: str) -> Any:
+    """What turns text and pictures into a model's inputs. Raises StageError."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except ImportError as error:  # those of many models need torchvision
+        first = next((line for line in str(error).splitlines() if line.strip()), "an import failed")
+        raise StageError(
+            f"{folder}: its processor needs a package that is not here: {first.strip()} Install it "
+            "(`pip install torchvision`), or ask a server (`engine: openai`)."
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StageError(f"{folder} has no processor of text and pictures: {first}") from error
+    if not hasattr(processor, "tokenizer"):
+        raise StageError(f"{folder} is no model that sees: its processor takes text alone")
+    if not getattr(processor, "chat_template", None):
+        raise StageError(f"{folder} has no chat template, which says where pictures go")
+    return processor
+
+
+def video_facts(seen: Pictures) -> dict[str, Any]:
+    """What vLLM and transformers want to know of a video."""
+    count = len(seen.frames)
+    return {
+        "fps": seen.fps,
+        "duration": count / seen.fps,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "height": seen.frames.shape[1],
+        "width": seen.frames.shape[2],
+        "video_backend": "vidpipe",
+    }
 
 
 def too_long(tokens: int, max_tokens: int, room: int | None) -> EngineFailure | None:

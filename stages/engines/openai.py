@@ -25,11 +25,13 @@ from stages.base import StageError, tell
 from stages.engines.base import (
     Answer,
     EngineFailure,
+    Pictures,
     Request,
     Requests,
     Result,
     SamplingSettings,
 )
+from stages.engines.data_urls import DataUrls, data_urls
 from stages.engines.endpoints import ABSENT, REFUSED, Endpoint, Endpoints, Nobody
 
 CONNECT_SECONDS = 10.0
@@ -96,8 +98,10 @@ class OpenAIEngine:
         retries: int,
         backoff: float,
         template_args: Mapping[str, Any],
+        stage: str = "recaption",  # whose settings a message names
     ) -> None:
         self.label = label
+        self._stage = stage
         self._model = model
         conceal(key)  # servers quote it in their errors
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -107,7 +111,7 @@ class OpenAIEngine:
         self._extra = {"chat_template_kwargs": dict(template_args)} if template_args else {}
         urls = [chat_url(endpoint) for endpoint in endpoints]
         self._endpoints = Endpoints(
-            [Endpoint(u, concurrency, backoff, retries, partial(_told, u)) for u in urls]
+            [Endpoint(u, concurrency, backoff, retries, partial(_told, stage, u)) for u in urls]
         )
         self._down: str | None = None  # why nobody answered last time
         self._again = 0.0  # nobody is asked before
@@ -161,6 +165,9 @@ class OpenAIEngine:
             for asking_ in flying.values():
                 asking_.cancel()
 
+    def prepared(self, pictures: Pictures) -> DataUrls:
+        return data_urls(pictures)
+
     def close(self) -> None:
         """Hangs up. Who is amid `stream` closes that first."""
         if self._loop.is_closed():
@@ -177,7 +184,8 @@ class OpenAIEngine:
         now = time.monotonic()
         self._down = (
             f"no caption was had from the server ({why.error}): {why.message}. No row is settled "
-            "by that: start it, or mend recaption's endpoints, model or api_key_env, and run again."
+            "by that: start it, or mend "
+            f"{self._stage}'s endpoints, model or api_key_env, and run again."
         )
         self._again = now + 10 * (now - began) if now - began > LONG_SEARCH else 0.0
         return StageError(self._down)
@@ -250,13 +258,14 @@ class OpenAIEngine:
 
         question = {
             "model": self._model,
-            "messages": [{"role": "user", "content": request.prompt}],
+            "messages": [{"role": "user", "content": message(request)}],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature_of(request),
             "top_p": sampling.top_p,
             "seed": request.seed,
             **response_format(sampling.schema),
             **self._extra,
+            **(request.seen.beside if isinstance(request.seen, DataUrls) else {}),
         }
         try:
             session = await self._connected()
@@ -283,6 +292,13 @@ class OpenAIEngine:
             retry=response.status in (408, 409, 425, 429) or response.status >= 500,
             wait=wait_asked(response.headers),
         )
+
+
+def message(request: Request) -> str | list[dict[str, Any]]:
+    """The content of the message that asks: pictures first, as the prompt is about them."""
+    if not isinstance(request.seen, DataUrls):
+        return request.prompt
+    return [*request.seen.parts, {"type": "text", "text": request.prompt}]
 
 
 def response_format(schema: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -322,5 +338,5 @@ def said(body: bytes) -> str:
     return " ".join(text.split())[:300]
 
 
-def _told(url: str, what: str) -> None:
-    tell(f"recaption: {redact(url)} {what}")
+def _told(stage: str, url: str, what: str) -> None:
+    tell(f"{stage}: {redact(url)} {what}")

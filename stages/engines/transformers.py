@@ -15,6 +15,8 @@ from stages.devices import usable
 from stages.engines.base import (
     Answer,
     EngineFailure,
+    Pictures,
+    Prepared,
     Request,
     Requests,
     Result,
@@ -60,6 +62,8 @@ CHUNK = 8  # batches whose prompts are sorted by length, so that a batch has lit
 class TransformersEngine:
     """A causal language model from a local folder. `batch`: prompts of one forward pass."""
 
+    kind = "language model"
+
     def __init__(
         self,
         folder: str,
@@ -70,7 +74,7 @@ class TransformersEngine:
         template_args: Mapping[str, Any],
     ) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers import GenerationConfig
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # of loading weights, amid the run's own lines
@@ -80,10 +84,8 @@ class TransformersEngine:
         self._template_args = template_args
         place = usable(device)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            self._tokenizer = self._read_tokenizer(folder)
+            model, loading = self._model_class().from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
@@ -93,7 +95,7 @@ class TransformersEngine:
             check_weights(model, loading, folder)
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             first = str(error).strip().splitlines()[0]
-            raise StageError(f"{folder} is no language model for transformers: {first}") from error
+            raise StageError(f"{folder} is no {self.kind} for transformers: {first}") from error
         self._model = model.to(place).eval()
         eos = model.generation_config.eos_token_id
         eos = self._tokenizer.eos_token_id if eos is None else eos
@@ -104,6 +106,16 @@ class TransformersEngine:
         model.generation_config = GenerationConfig()
         self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
+    def _model_class(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def _read_tokenizer(self, folder: str) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
     def stream(
         self, requests: Requests, sampling: SamplingSettings
     ) -> Generator[tuple[int, Result]]:
@@ -113,36 +125,50 @@ class TransformersEngine:
     def _answered(
         self, chunk: Sequence[tuple[int, Request]], sampling: SamplingSettings
     ) -> Generator[tuple[int, Result]]:
-        prompts = [encode(self._tokenizer, r.prompt, self._template_args) for _, r in chunk]
-        fits: list[int] = []
-        for i, prompt in enumerate(prompts):
-            failure = too_long(len(prompt), sampling.max_tokens, self._room)
-            if failure is None:
-                fits.append(i)
-            else:
-                yield chunk[i][0], failure
+        prompts = [self._encoded(request) for _, request in chunk]
         # Prompts of a length together: less padding.
-        fits.sort(key=lambda i: (len(prompts[i]), i))
+        order = sorted(range(len(chunk)), key=lambda i: (self._length(prompts[i]), i))
 
         def answers(chosen: list[int]) -> list[Result]:
             return self._forward(
                 [prompts[i] for i in chosen], [chunk[i][1] for i in chosen], sampling
             )
 
-        for i, answer in zip(fits, self._halving(answers, fits, self._batch)):
+        for i, answer in zip(order, self._halving(answers, order, self._batch)):
             if isinstance(answer, Failed):
                 answer = EngineFailure(answer.error, answer.message)
             yield chunk[i][0], answer
 
-    def _forward(
-        self, prompts: Sequence[list[int]], requests: Sequence[Request], sampling: SamplingSettings
-    ) -> list[Result]:
+    def _encoded(self, request: Request) -> Any:
+        return encode(self._tokenizer, request.prompt, self._template_args)
+
+    def _length(self, prompt: Any) -> int:
+        """What prompts are sorted by."""
+        return len(prompt)
+
+    def _inputs(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        """What the model is given for a batch, padded on the left."""
         import torch
-        from transformers import GenerationConfig
 
         longest = max(map(len, prompts))
         ids = torch.tensor([[self._pad] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _forward(
+        self, prompts: Sequence[Any], requests: Sequence[Request], sampling: SamplingSettings
+    ) -> list[Result]:
+        import torch
+        from transformers import GenerationConfig
+
+        inputs = self._inputs(prompts)
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        failures = [too_long(n, sampling.max_tokens, self._room) for n in lengths]
+        if any(failures):
+            fits = [i for i, failure in enumerate(failures) if failure is None]
+            rest = [prompts[i] for i in fits], [requests[i] for i in fits]
+            answers = iter(self._forward(*rest, sampling) if fits else ())
+            return [next(answers) if failure is None else failure for failure in failures]
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
             do_sample=False,
@@ -153,19 +179,21 @@ class TransformersEngine:
         choice = [GumbelChoice(requests, sampling)] if drawn else []
         with torch.inference_mode():
             output = self._model.generate(
-                input_ids=ids.to(self._model.device),
-                attention_mask=mask.to(self._model.device),
+                **{name: value.to(self._model.device) for name, value in inputs.items()},
                 generation_config=config,
                 logits_processor=choice,
             )
-        written = output[:, longest:].tolist()
-        return [self._result(row, len(prompt)) for row, prompt in zip(written, prompts)]
+        written = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self._result(row, n) for row, n in zip(written, lengths)]
 
     def _result(self, tokens: list[int], prompt_tokens: int) -> Result:
         ends = [i for i, token in enumerate(tokens) if token in self._eos]
         written = tokens[: ends[0]] if ends else tokens
         text = self._tokenizer.decode(written, skip_special_tokens=True)
         return Answer(text, len(written) + bool(ends), not ends, prompt_tokens)
+
+    def prepared(self, pictures: Pictures) -> Prepared:
+        return pictures
 
     def close(self) -> None:
         import torch

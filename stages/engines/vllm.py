@@ -19,16 +19,22 @@ from stages.base import StageError, tell
 from stages.engines.base import (
     Answer,
     EngineFailure,
+    Pictures,
+    Prepared,
     Request,
     Requests,
     Result,
     SamplingSettings,
     encode,
+    read_processor,
+    shown,
     too_long,
+    video_facts,
 )
 
 # Requests that wait in the engine, over those that it runs at once: the next are there in time.
 WAITING = 0.25
+AS_IT_IS = {"do_sample_frames": False}  # of a video: its frames are those that are meant
 DEATHS = 3  # of the engine, the last with one request alone, after which this is not asked again
 PULSE_SECONDS = 0.5
 RESTARTS = 3  # in a row, with no answer between
@@ -45,7 +51,9 @@ class VllmEngine:
         max_model_len: int,
         args: Mapping[str, Any],
         template_args: Mapping[str, Any],
+        media: Mapping[str, int] | None = None,
     ) -> None:
+        """`media`: of a model that sees, how many of what a prompt has at most: {"image": 8}."""
         self.label = label
         self._folder = folder
         self._template_args = template_args
@@ -54,9 +62,11 @@ class VllmEngine:
             "max_model_len": max_model_len,
             "enable_prefix_caching": True,
             "seed": 0,
+            **(_seeing(media) if media else {}),
             **args,
         }
         self._room = max_model_len
+        self._processor: Any = None
         self._ids = itertools.count()
         self._broken: str | None = None  # it died too often, or for good
         self._start()
@@ -67,10 +77,10 @@ class VllmEngine:
         try:
             self._llm: Any = LLM(model=self._folder, **self._settings)
         except (TypeError, ValueError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = " ".join(str(error).split())[:300] or type(error).__name__
             raise StageError(
                 f"vLLM does not start with {self._folder} and {self._settings}: {first}. Change "
-                "recaption.engine_args or recaption.max_model_len."
+                "engine_args or max_model_len."
             ) from error
         self._tokenizer = self._llm.get_tokenizer()
         seats = int(self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs)
@@ -113,7 +123,8 @@ class VllmEngine:
                 for output in outputs:
                     if output.finished and output.request_id in held:
                         in_a_row = 0
-                        yield held.pop(output.request_id)[0], _answer(output)
+                        answer = self._settled(_answer(output), sampling)
+                        yield held.pop(output.request_id)[0], answer
         finally:
             if held and self._llm is not None:
                 with suppress(EngineDeadError):
@@ -129,6 +140,7 @@ class VllmEngine:
     ) -> Generator[tuple[int, Result]]:
         """Gives the engine what it has room for; answers what it could not take."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         structured: dict[str, Any] = {}
@@ -144,13 +156,16 @@ class VllmEngine:
             if one is None:
                 return
             number, request = one
-            prompt = encode(self._tokenizer, request.prompt, self._template_args)
-            # One that is too long would raise.
-            if failure := too_long(len(prompt), sampling.max_tokens, self._room):
-                yield number, failure
-                continue
-            name = str(next(self._ids))
-            held[name] = one
+            prompt: dict[str, Any]
+            if isinstance(request.seen, Pictures):
+                prompt = self._shown(request.prompt, request.seen)
+            else:
+                tokens = encode(self._tokenizer, request.prompt, self._template_args)
+                # One that is too long would raise.
+                if failure := too_long(len(tokens), sampling.max_tokens, self._room):
+                    yield number, failure
+                    continue
+                prompt = {"prompt_token_ids": tokens}
             how = SamplingParams(
                 max_tokens=sampling.max_tokens,
                 temperature=sampling.temperature_of(request),
@@ -159,7 +174,37 @@ class VllmEngine:
                 **structured,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self._llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, how)
+            name = str(next(self._ids))
+            held[name] = one
+            try:
+                self._llm.llm_engine.add_request(name, prompt, how)
+            except (ValueError, VLLMClientError) as error:
+                # How many tokens pictures are it knows only now.
+                if not isinstance(request.seen, Pictures):
+                    raise
+                del held[name]
+                yield number, _not_taken(error)
+
+    def _settled(self, answer: Answer, sampling: SamplingSettings) -> Result:
+        """An answer that the context cut off is none: its prompt was too long."""
+        failure = too_long(answer.prompt_tokens or 0, sampling.max_tokens, self._room)
+        return failure if failure and answer.truncated else answer
+
+    def _shown(self, prompt: str, seen: Pictures) -> dict[str, Any]:
+        """A prompt with its pictures, as vLLM takes it."""
+        if self._processor is None:
+            self._processor = read_processor(self._folder)
+        text = shown(self._processor, prompt, seen, self._template_args)
+        # The template has written the special tokens already.
+        tokens = list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        if seen.video:
+            return _prompt(tokens, "video", [(seen.frames, {**video_facts(seen), **AS_IT_IS})])
+        from PIL import Image
+
+        return _prompt(tokens, "image", [Image.fromarray(frame) for frame in seen.frames])
+
+    def prepared(self, pictures: Pictures) -> Prepared:
+        return pictures
 
     def _restart(self, error: Exception, in_a_row: int, held: int) -> None:
         self._shut()
@@ -167,7 +212,7 @@ class VllmEngine:
         if in_a_row > RESTARTS:
             self._broken = (
                 f"vLLM's engine died {in_a_row} times without an answer between: {first} What is "
-                "answered is kept; see its own log above, change recaption.engine_args, and run "
+                "answered is kept; see its own log above, change engine_args, and run "
                 "again."
             )
             raise StageError(self._broken) from error
@@ -190,6 +235,23 @@ class VllmEngine:
 
     def close(self) -> None:
         self._shut()
+
+
+def _seeing(media: Mapping[str, int]) -> dict[str, Any]:
+    """Memory for what comes and nothing else. No cache of pictures: no clip comes twice."""
+    limits = {"image": 0, "video": 0, **media}
+    return {"limit_mm_per_prompt": limits, "mm_processor_cache_gb": 0}
+
+
+def _prompt(tokens: list[int], kind: str, shown: list[Any]) -> dict[str, Any]:
+    return {"prompt_token_ids": tokens, "multi_modal_data": {kind: shown}}
+
+
+def _not_taken(error: Exception) -> EngineFailure:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if "maximum context length" in first or "maximum model length" in first:
+        return EngineFailure("prompt_too_long", f"vLLM says: {first}")
+    return EngineFailure("prompt_refused", f"vLLM does not take the prompt and its frames: {first}")
 
 
 def _watch(core: Any, over: threading.Event) -> None:

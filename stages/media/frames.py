@@ -98,7 +98,7 @@ def read_clips(
         known = enough(sampling, clock)
         line = timeline(video, start, end, known)
         look = first_picture(video, line.first_key) if sampling.buckets else None
-    plan = _planned(line, part, sampling, clock, look)
+    plan = planned(line, part, sampling, clock, look)
     given = 0
     try:
         for made in _clips(part, plan, backend, threads, budget):
@@ -108,7 +108,7 @@ def read_clips(
         if given:  # what was given may not be what stands now
             raise VideoError("decode_error", str(error)) from error
         line = pyav.decoded_timeline(path, start, end, known, budget)
-        plan = _planned(line, part, sampling, clock, look)
+        plan = planned(line, part, sampling, clock, look)
         yield from _clips(part, plan, pyav.decode, 1, budget)
 
 
@@ -135,10 +135,10 @@ class Plan:
     last: float  # when the clip's last frame appears
 
 
-def _planned(
+def planned(
     line: Timeline, part: Part, sampling: Sampling, clock: Clock, look: Look | None
 ) -> Plan:
-    """Raises Unsuited and VideoError."""
+    """Which frames stand for a clip, by its timeline. Raises Unsuited and VideoError."""
     try:
         cut = section(line, part.start, part.end)
     except VideoError as error:

@@ -73,6 +73,16 @@ def short_side(pixels: int) -> Upright:
     return Upright(size)
 
 
+def longest_side(pixels: int) -> Upright:
+    """Whole pictures whose longer side has at most this many pixels: none is enlarged."""
+
+    def size(height: float, width: float) -> tuple[int, int]:
+        ratio = min(1.0, pixels / max(height, width))
+        return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+    return Upright(size)
+
+
 class Fit:
     """Decoded frames as RGB pictures of one size: `crop` fills it and cuts the rest off, centred;
     `pad` shows all of the frame on black; `squash` ignores its proportions."""

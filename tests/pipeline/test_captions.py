@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from toys import Length, Limit, Shout, Words, pipeline
@@ -19,7 +18,7 @@ from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
 from stages.base import Outcome, Rejected, Row
-from stages.captions.verdict import COLUMNS
+from stages.captions.verdict import columns
 
 # "a red cat" on five clips, but for case and punctuation; "a dog" on two; the rest once.
 MANY = ["a red cat", "A red cat.", "a  RED cat", "a red cat!", "a red cat", "a dog", "A dog"]
@@ -30,7 +29,7 @@ class Recaption(Shout):
     """Says what it is told; refuses `no`, and needs a second try for pigs."""
 
     name = "recaption"
-    adds = pa.schema([pa.field("recaption", pa.string()), *COLUMNS])
+    adds = columns("recaption")
 
     def process(self, rows: list[Row], model: str) -> list[Outcome]:
         return [self.told(row["caption"]) for row in rows]

@@ -1,8 +1,8 @@
 """A small OpenAI-compatible server that misbehaves on command, on 127.0.0.1, in a thread.
 
-It answers `re: <prompt>` after `delay` seconds. `mood(prompt, nth)` names the fault that the nth
-try (from 1) of a prompt meets, or None: one of FAULTS. `close` and `open` end it and bring it back
-at the same address.
+It answers `re: <prompt>`, or what `reply` gives, after `delay` seconds. `mood(prompt, nth)` names
+the fault that the nth try (from 1) of a prompt meets, or None: one of FAULTS. `close` and `open`
+end it and bring it back at the same address.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import asyncio
 import json
 import random
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from aiohttp import web
 
@@ -41,7 +42,8 @@ def at_random(share: float, seed: int = 0) -> Mood:
 
 
 class Moody:
-    """`asked` counts the tries of each prompt, `met` the faults; `most` were asked at once."""
+    """`asked` counts the tries of each prompt, `met` the faults; `most` were asked at once; `shown`
+    has the pictures of each try, and its whole question."""
 
     def __init__(
         self,
@@ -49,10 +51,13 @@ class Moody:
         delay: float = 0.0,
         patience: float = 60.0,
         retry_ms: int = 0,
+        reply: Callable[[str, int], str] = lambda prompt, nth: f"re: {prompt}",
     ) -> None:
+        self.reply = reply
         self.mood, self.delay, self.patience, self.retry_ms = mood, delay, patience, retry_ms
         self.asked: Counter[str] = Counter()
         self.met: Counter[str] = Counter()
+        self.shown: defaultdict[str, list[tuple[list[Any], dict[str, Any]]]] = defaultdict(list)
         self.now = self.most = 0
         self._port = 0
         self._loop = asyncio.new_event_loop()
@@ -111,7 +116,12 @@ class Moody:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         question = json.loads(await request.read())
-        prompt = question["messages"][0]["content"]
+        content = question["messages"][0]["content"]
+        if not isinstance(content, str):  # what goes with the prompt comes before it
+            *parts, text = content
+            self.shown[text["text"]].append((parts, question))
+            content = text["text"]
+        prompt = content
         self.asked[prompt] += 1
         fault = self.mood(prompt, self.asked[prompt])
         self.met[fault or "none"] += 1
@@ -125,8 +135,9 @@ class Moody:
             self.now -= 1
 
     async def _fine(self, prompt: str) -> web.Response:
+        text = self.reply(prompt, self.asked[prompt])
         await asyncio.sleep(self.delay)
-        choice = {"message": {"content": f"re: {prompt}"}, "finish_reason": "stop"}
+        choice = {"message": {"content": text}, "finish_reason": "stop"}
         usage = {
             "completion_tokens": 5,
             "prompt_tokens": 20,

@@ -12,12 +12,20 @@ from queue import SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import stages
 from stages.base import Context, StageError
 from stages.demo.shapes import caption, named, scene
-from stages.engines.base import Answer, EngineFailure, Request, SamplingSettings, ask
+from stages.engines.base import (
+    Answer,
+    EngineFailure,
+    Pictures,
+    Request,
+    SamplingSettings,
+    ask,
+)
 from stages.engines.vllm import VllmEngine
 from stages.recaption import Recaption, RecaptionSettings
 
@@ -56,17 +64,29 @@ def test_vllm_rewrites_through_the_stage(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not core.is_alive()
 
 
+PLACES = 4  # tokens that pictures take
+
+
 class Letters:
-    """A tokenizer of letters."""
+    """A tokenizer of letters, and a processor with it."""
 
     chat_template = None
 
-    def __call__(self, text: str) -> SimpleNamespace:
+    def __call__(self, text: str, **how: Any) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[ord(c) for c in text])
+
+    def apply_chat_template(self, messages: list[Any], **how: Any) -> str:
+        (message,) = messages
+        signs = {"image": "#", "video": "="}
+        return "".join(signs.get(part["type"]) or part["text"] for part in message["content"])
 
 
 class Dead(Exception):
     """As vllm.v1.engine.exceptions.EngineDeadError."""
+
+
+class Refused(Exception):
+    """As vllm.exceptions.VLLMClientError."""
 
 
 class StandIn:
@@ -87,6 +107,7 @@ class StandIn:
         seats = SimpleNamespace(max_num_seqs=settings.get("max_num_seqs", 4))
         self.vllm_config = SimpleNamespace(scheduler_config=seats)
         self.held: list[tuple[str, list[int], Any]] = []
+        self.media: list[Any] = []
         state = SimpleNamespace(engine_dead=False)
         self.ended = False
         self.engine_core = SimpleNamespace(
@@ -99,7 +120,12 @@ class StandIn:
     def get_tokenizer(self) -> Letters:
         return Letters()
 
-    def add_request(self, name: str, prompt: dict[str, list[int]], how: Any) -> None:
+    def add_request(self, name: str, prompt: dict[str, Any], how: Any) -> None:
+        if "many" in "".join(map(chr, prompt["prompt_token_ids"])):
+            raise Refused("At most 2 image(s) may be provided in one prompt.")
+        if len(prompt["prompt_token_ids"]) + PLACES * ("multi_modal_data" in prompt) > 20:
+            raise Refused("The prompt is longer than the maximum model length of 20.")
+        self.media.append(prompt.get("multi_modal_data"))
         self.held.append((name, prompt["prompt_token_ids"], how))
         StandIn.most = max(StandIn.most, len(self.held))
 
@@ -131,6 +157,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
             "RequestOutputKind": SimpleNamespace(FINAL_ONLY=2),
             "StructuredOutputsParams": SimpleNamespace,
         },
+        "vllm.exceptions": {"VLLMClientError": Refused},
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.exceptions": {"EngineDeadError": Dead},
@@ -256,3 +283,47 @@ def test_an_engine_that_only_dies_is_given_up(stand_in: type[StandIn]) -> None:
     with pytest.raises(StageError, match="died 4 times"):
         ask(engine, [Request("dog", 1)], SamplingSettings(5))
     assert stand_in.started == before, "not started again for the next unit"
+
+
+@pytest.fixture
+def seeing(stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch) -> VllmEngine:
+    processor = SimpleNamespace(tokenizer=Letters(), chat_template="...")
+    monkeypatch.setattr("stages.engines.vllm.read_processor", lambda folder: processor)
+    return VllmEngine("folder", "label", "auto", 20, {"max_num_seqs": 4}, {}, {"image": 2})
+
+
+def pictures(n: int, video: bool = False) -> Pictures:
+    frames = np.stack([np.full((4, 6, 3), 20 * i, np.uint8) for i in range(n)])
+    return Pictures(frames, 2.0, video)
+
+
+def test_pictures_go_along_in_order(seeing: VllmEngine) -> None:
+    settings = seeing._llm.settings
+    assert settings["limit_mm_per_prompt"] == {"image": 2, "video": 0}
+    assert settings["mm_processor_cache_gb"] == 0
+    shown, moved = (seeing.prepared(pictures(2, video)) for video in (False, True))
+    requests = [Request("dog", 1, seen=shown), Request("cat", 2, seen=moved)]
+    first, second = ask(seeing, requests, SamplingSettings(9))
+    assert (first.text, second.text) == ("##dog/1", "=cat/2")
+    images, videos = seeing._llm.media
+    assert [np.asarray(one)[0, 0, 0] for one in images["image"]] == [0, 20]
+    ((frames, facts),) = videos["video"]
+    assert frames.shape == (2, 4, 6, 3)
+    assert (facts["fps"], facts["duration"], facts["do_sample_frames"]) == (2.0, 1.0, False)
+
+
+def test_what_vllm_does_not_take_fails_alone(seeing: VllmEngine) -> None:
+    asked = ["dog", "x" * 15, "many", "eleven", "cat"]
+    requests = [Request(prompt, 1, seen=pictures(2)) for prompt in asked]
+    results = ask(seeing, requests, SamplingSettings(9))
+    failures = [r.error if isinstance(r, EngineFailure) else r.text for r in results]
+    assert failures == ["##dog/1", "prompt_too_long", "prompt_refused", "##eleven/1", "##cat/1"]
+    assert "At most 2 image(s)" in results[2].message
+    with pytest.raises(Refused):
+        ask(seeing, [Request("many", 1)], SamplingSettings(5))
+
+
+def test_an_answer_that_the_context_cut_off_is_none(seeing: VllmEngine) -> None:
+    """The context ends where prompt, pictures and answer together reach it."""
+    (cut,) = ask(seeing, [Request("x" * 14, 1, seen=pictures(1))], SamplingSettings(8))
+    assert isinstance(cut, EngineFailure) and cut.error == "prompt_too_long"

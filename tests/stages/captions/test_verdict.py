@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from stages.base import Context, Failed, Outcome, Rejected, StageError, counting
-from stages.captions.prompt import FOLDER, preset, presets
+from stages.captions.prompt import FOLDER, Template, preset, presets
 from stages.captions.verdict import read_parts
 from stages.engines.base import Answer, EngineFailure, Request, Requests, Result, SamplingSettings
 from stages.recaption import Recaption, RecaptionSettings
@@ -179,6 +179,9 @@ def test_only_what_is_compared_is_read() -> None:
 
 # A template that is changed is another version: this is where it shows.
 VERSIONS = {
+    "describe-dense": "describe-dense@1 6f684627dde5779f",
+    "describe-structured": "describe-structured@1 e2cd4a35647ce0d3",
+    "rewrite-described": "rewrite-described@1 a8e59fa0ca53d9a3",
     "cogvideox-50-words": "cogvideox-50-words@1 874429d417d3f922",
     "rewrite": "rewrite@1 642799837390333a",
     "structured": "structured@1 ba562a913251a39f",
@@ -191,14 +194,42 @@ def test_a_changed_preset_has_another_version() -> None:
     assert labels == VERSIONS
 
 
-@pytest.mark.parametrize("name", VERSIONS)
+REWRITES = [name for name in VERSIONS if not preset(name).sees]
+
+
+@pytest.mark.parametrize("name", REWRITES)
 def test_a_preset_is_asked_for_by_name(name: str) -> None:
     found = preset(name)
-    assert (found.name, found.template.columns) == (name, ("caption",))
+    about = "description" if name == "rewrite-described" else "caption"
+    assert (found.name, found.template.columns) == (name, (about,))
     stage = make(preset=name, max_tokens=1024)
-    rendered = stage.template.render({"caption": "a {dog}"})
+    rendered = stage.template.render({about: "a {dog}", "caption": "a {dog}"})
     assert isinstance(rendered, str)
     assert rendered.endswith(" a {dog}") and "{caption}" not in rendered
+
+
+def test_a_hint_is_left_out_with_its_line_where_there_is_none() -> None:
+    stage = make(preset="rewrite-described")
+    assert stage.reads == ("description", "caption")
+    assert stage.template.original == "description" == stage.original
+    row = {"description": "A red ball {rolls}.", "caption": "ball"}
+    full = stage.template.render(row)
+    assert full.endswith("it: ball\nDescription: A red ball {rolls}.")
+    for nothing in (None, " "):
+        bare = stage.template.render({**row, "caption": nothing})
+        assert bare.endswith("no notes.\n\nDescription: A red ball {rolls}.")
+    assert stage.template.render({**row, "description": None}).reason == "empty_description"
+    both = Template.parse("{caption} {caption?} {tag?}")
+    assert (both.columns, both.hints) == (("caption",), ("tag",))
+    assert both.render({"caption": "a", "tag": "b"}) == "a a b"
+
+
+def test_a_description_is_what_its_rewrite_is_compared_with() -> None:
+    engine = Scripted(lambda prompt, times: said(BAD))
+    stage = make(preset="rewrite-described", quality={"retries": 0})
+    row = {"clip_id": "a", "description": "A red ball rolls down a hill.", "caption": "no words"}
+    (outcome,) = stage.process([row], engine)
+    assert (outcome["recaption"], outcome["recaption_source"]) == (row["description"], "original")
 
 
 def test_an_unknown_preset_is_refused_before_the_run() -> None:
