@@ -239,7 +239,7 @@ def _asked(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Where every clip is: per stage in, kept, rejected, failed, pending."""
-    from pipeline.account import account, retry_hint
+    from pipeline.account import account, retry_hint, spent
     from pipeline.output import json_text, text_table
 
     result = account(load(file, overrides))
@@ -262,6 +262,9 @@ def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     ]
     names = ["stage", "state", "in", "kept", "rejected", "failed", "pending", "reasons"]
     click.echo(text_table(names, rows), nl=False)
+    for stage in result["stages"]:
+        if line := spent(stage["name"], stage["amounts"], stage["cost"]):
+            click.echo(line)
     for line in retry_hint(sum(s["worth_retry"] for s in result["stages"])):
         click.echo(line, err=True)
 
