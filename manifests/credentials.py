@@ -83,6 +83,10 @@ class Credentials:
             ) from error
         return found
 
+    def forget(self) -> None:
+        """Deletes them all."""
+        self.file.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         database = sqlite3.connect(self.file, timeout=60)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -153,6 +153,15 @@ def scan(
             for name in (*broken_off, mark):
                 store.delete(name)
             return done
+
+
+def found_pool(store: Store, units: Mapping[str, pa.Table]) -> None:
+    """Makes the pool of an empty store: units, by name, of rows that another pool has."""
+    for name, rows in units.items():
+        _commit(source_log(store), name, rows)
+    rows = sum(map(len, units.values()))
+    record = asdict(Scan("", rows, rows, 0, 0, list(units)))
+    store.create(f"{SCANS}/000000.json", json.dumps(record).encode())
 
 
 def _begun(store: Store) -> list[str]:

@@ -12,8 +12,11 @@ ever used together with the clip id that must stand there.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import json
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -254,6 +257,102 @@ def file_facts(schema: pa.Schema) -> dict[str, Any]:
     return dict(json.loads(stored)) if stored else {}
 
 
+class ShardFile:
+    """An open shard, read a row group at a time, by any thread. A context manager.
+
+    Raises ShardError, naming the shard, where it is missing or damaged.
+    """
+
+    def __init__(self, workdir: str, name: str) -> None:
+        self.workdir, self.name = workdir, name
+        self._lock = threading.Lock()  # a reader of Parquet is for one thread at a time
+        fs, root = fsspec.core.url_to_fs(workdir)
+        with self._told():
+            # Row groups are read whole: a store's own read-ahead would fetch what nobody asked for.
+            self._file = fs.open(f"{root}/{name}", "rb", cache_type="none")
+            try:
+                self._footer = pq.read_metadata(self._file)
+            except BaseException:
+                self._file.close()
+                raise
+        self.facts = file_facts(self._footer.schema.to_arrow_schema())
+        groups = range(self._footer.num_row_groups)
+        sizes = [self._footer.row_group(group).num_rows for group in groups]
+        self.starts = [0, *itertools.accumulate(sizes)]  # the row that each group begins with
+
+    def group(self, row: int) -> int:
+        """The number of the row group that holds `row`."""
+        if row >= self.starts[-1]:
+            raise ShardError(
+                f"shard {self.name} has {self.starts[-1]} rows, row {row} was asked for"
+            )
+        return bisect.bisect_right(self.starts, row) - 1
+
+    def read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        with self._told(), self._lock:
+            # A reader keeps what it has read of the last group as long as it is there.
+            parquet = pq.ParquetFile(self._file, metadata=self._footer, pre_buffer=True)
+            return parquet.read_row_group(group, columns=list(columns))
+
+    def rows(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """`columns` of `rows` (ascending) as Arrow scalars."""
+        for group, some in itertools.groupby(rows, self.group):
+            table = self.read(group, columns)
+            for row in some:
+                yield {name: table.column(name)[row - self.starts[group]] for name in columns}
+
+    def latents(self, rows: Sequence[int], first_frame: bool = False) -> Iterator[Latent]:
+        """The latents at `rows` (ascending); with `first_frame`, those of that one alone."""
+        name = "first_frame_latents" if first_frame else "latents"
+        for row in self.rows(rows, ["clip_id", name, f"{name}_shape", "latents_dtype"]):
+            clip, data = row["clip_id"].as_py(), row[name]
+            if not data.is_valid:
+                raise ShardError(f"clip {clip} has no {name} in its shard: the index is stale")
+            shape = tuple(row[f"{name}_shape"].as_py())
+            yield Latent(clip, memoryview(data.as_buffer()), shape, row["latents_dtype"].as_py())
+
+    def embeddings(self, rows: Sequence[int]) -> Iterator[Embedding]:
+        """The text embeddings at `rows` (ascending)."""
+        for row in self.rows(rows, [n for n in EMBEDDINGS.names if n != "embedding_empty"]):
+            key, data, pooled = (row[f"embedding{n}"] for n in ("_key", "", "_pooled"))
+            if not data.is_valid:
+                raise ShardError(
+                    f"shard {self.name} has no embedding {key} in its row: the index is stale"
+                )
+            yield Embedding(
+                key=key.as_py(),
+                data=memoryview(data.as_buffer()),
+                pooled=memoryview(pooled.as_buffer()) if pooled.is_valid else None,
+                shape=tuple(row["embedding_shape"].as_py()),
+                dtype=row["embedding_dtype"].as_py(),
+                tokens=row["embedding_tokens"].as_py(),
+            )
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        advice = "`vidpipe verify` tells what else is, `vidpipe verify --repair` has it made again"
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"shard {self.name} is missing from {self.workdir}: {advice}"
+            ) from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ShardError(
+                f"shard {self.name} in {self.workdir} is damaged: {error}; {advice}"
+            ) from error
+
+
 def read_latents(
     workdir: str, shard: str, rows: Sequence[int], first_frame: bool = False
 ) -> Iterator[Latent]:
@@ -262,13 +361,8 @@ def read_latents(
 
     Raises ShardError, naming the shard, where it is missing or damaged.
     """
-    name = "first_frame_latents" if first_frame else "latents"
-    for row in _read(workdir, shard, rows, ["clip_id", name, f"{name}_shape", "latents_dtype"]):
-        clip, data = row["clip_id"].as_py(), row[name]
-        if not data.is_valid:
-            raise ShardError(f"clip {clip} has no {name} in its shard: the index is stale")
-        shape = tuple(row[f"{name}_shape"].as_py())
-        yield Latent(clip, memoryview(data.as_buffer()), shape, row["latents_dtype"].as_py())
+    with ShardFile(workdir, shard) as file:
+        yield from file.latents(rows, first_frame)
 
 
 def read_embeddings(workdir: str, shard: str, rows: Sequence[int]) -> Iterator[Embedding]:
@@ -277,64 +371,16 @@ def read_embeddings(workdir: str, shard: str, rows: Sequence[int]) -> Iterator[E
 
     Raises ShardError, naming the shard, where it is missing or damaged.
     """
-    columns = [n for n in EMBEDDINGS.names if n != "embedding_empty"]
-    for row in _read(workdir, shard, rows, columns):
-        key, data, pooled = (row[f"embedding{n}"] for n in ("_key", "", "_pooled"))
-        if not data.is_valid:
-            raise ShardError(f"shard {shard} has no embedding {key} in its row: the index is stale")
-        yield Embedding(
-            key=key.as_py(),
-            data=memoryview(data.as_buffer()),
-            pooled=memoryview(pooled.as_buffer()) if pooled.is_valid else None,
-            shape=tuple(row["embedding_shape"].as_py()),
-            dtype=row["embedding_dtype"].as_py(),
-            tokens=row["embedding_tokens"].as_py(),
-        )
+    with ShardFile(workdir, shard) as file:
+        yield from file.embeddings(rows)
 
 
 def _empty(index: Index, shard: str, spec: TextSpec) -> Embedding:
-    with _opened(index.workdir, shard) as parquet:
-        for group in range(parquet.num_row_groups):
-            column = parquet.read_row_group(group, columns=["embedding_empty"]).column(0)
-            for value in column.drop_null():
+    with ShardFile(index.workdir, shard) as file:
+        for group in range(len(file.starts) - 1):
+            for value in file.read(group, ["embedding_empty"]).column(0).drop_null():
                 data = memoryview(value.as_buffer())
                 size = {"float32": 4}.get(spec.dtype, 2) * spec.width
                 shape = (len(data) // size, spec.width)
                 return Embedding("", data, None, shape, spec.dtype, spec.empty_tokens)
     raise ShardError(f"shard {shard} has no embedding of the empty caption")
-
-
-def _read(
-    workdir: str, shard: str, rows: Sequence[int], columns: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """`columns` of `rows` (ascending) as Arrow scalars, read row group by row group."""
-    with _opened(workdir, shard) as parquet:
-        wanted = iter(rows)
-        row = next(wanted, None)
-        first = 0
-        for group in range(parquet.num_row_groups):
-            last = first + parquet.metadata.row_group(group).num_rows
-            if row is not None and row < last:
-                table = parquet.read_row_group(group, columns=list(columns))
-                while row is not None and row < last:
-                    yield {name: table.column(name)[row - first] for name in columns}
-                    row = next(wanted, None)
-            first = last
-        if row is not None:
-            raise ShardError(f"shard {shard} has {first} rows, row {row} was asked for")
-
-
-@contextlib.contextmanager
-def _opened(workdir: str, shard: str) -> Iterator[pq.ParquetFile]:
-    """Raises ShardError, naming the shard, where it is missing or damaged."""
-    fs, root = fsspec.core.url_to_fs(workdir)
-    try:
-        with (
-            fs.open(f"{root}/{shard}", "rb") as file,
-            pq.ParquetFile(file, pre_buffer=True) as parquet,
-        ):
-            yield parquet
-    except FileNotFoundError as error:
-        raise ShardError(f"shard {shard} is missing from {workdir}") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ShardError(f"shard {shard} in {workdir} is damaged: {error}") from error

@@ -260,7 +260,7 @@ class UnitView:
         at = pc.indices_nonzero(reached)
         keys = self._keys(name, at)
         ids = taken(self._ids(name), at)
-        state = self._state(name)
+        state = self.state(name)
         if layer.splits:
             rows, match = parts_of(ids, keys, state, scattered(at, n))
             self._split(name, rows, match, state)
@@ -321,7 +321,7 @@ class UnitView:
                 return array(self.table, _before(other))
         return array(self.table, "clip_id")
 
-    def _state(self, name: str) -> pa.Table:
+    def state(self, name: str) -> pa.Table:
         """All rows that stand for the unit under this fingerprint, oldest first, without payload,
         and where each stands."""
         added = [f for f in self.dag.layers[name].adds if not pa.types.is_binary(f.type)]

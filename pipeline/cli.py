@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli_captions import captions
+from pipeline.cli_estimate import estimate
 from pipeline.cli_export import export
 from pipeline.cli_latents import decode
 from pipeline.cli_options import F, load, with_config
@@ -103,7 +104,7 @@ def cli() -> None:
     redact_logs()  # before a command, and not for `--help`
 
 
-for command in (captions, decode, export, verify, audit, gc):
+for command in (captions, decode, estimate, export, verify, audit, gc):
     cli.add_command(command)
 
 

@@ -173,6 +173,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus_here() -> int:
+    """GPUs that processes of this machine may use."""
+    import torch  # takes seconds
+
+    return torch.cuda.device_count()
+
+
 def usable_gpus(run: RunSettings, there: float) -> float:
     """The GPUs to use. Raises ConfigError where more are asked for than there are."""
     if run.gpus is None:

@@ -55,7 +55,7 @@ def prepare(
             pipeline.store,
             pipeline.config.source,
             pipeline.config.run.unit_size,
-            _reading(report),
+            reading(report),
             anew=_looks_anew(pipeline, stages, retry),
         )
     except OSError as error:  # the table is spilled to a temporary folder
@@ -79,7 +79,7 @@ def prepare(
     return done, stages, todo
 
 
-def _reading(report: Reporter) -> Callable[[int], None]:
+def reading(report: Reporter) -> Callable[[int], None]:
     """Tells of a table that takes long to read."""
     last = time.monotonic()
 

@@ -20,6 +20,7 @@ from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import status
 from pipeline.report import describe
+from stages.embed import Embed
 from stages.encode import Encode
 
 
@@ -28,12 +29,14 @@ def settings(
 ) -> dict[str, Any]:
     """The trainer's settings: the section `train`, and what the pipeline knows."""
     sampling = pipeline.config.sampling
-    expect = {
-        "fps": sampling.fps,
-        "frames": sampling.frames,
-        "height": sampling.height,
-        "width": sampling.width,
+    pace = "interval" if sampling.policy == "interval" else "fps"  # the other has no effect
+    expect: dict[str, Any] = {
+        "policy": sampling.policy,
+        pace: getattr(sampling, pace),
+        "buckets": [[shape.frames, shape.height, shape.width] for shape in sampling.shapes],
     }
+    if "embed" in pipeline.stages:
+        expect["max_length"] = cast(Embed, pipeline.stages["embed"]).settings.max_length
     chosen: dict[str, Any] = {"expect": expect, **pipeline.config.train}
     chosen["index"] = index.path(pipeline)
     default = f"{pipeline.config.workdir}/train"
@@ -71,6 +74,9 @@ def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | N
     folder = cast(Encode, pipeline.stages["encode"]).folder()
     place = checkpoint or settings(pipeline)["output"]
     named = [part for prompt in prompts for part in ("--prompt", prompt)]
+    if "embed" in pipeline.stages:
+        encoder, tokenizer = cast(Embed, pipeline.stages["embed"]).folders()
+        named += ["--text-encoder", encoder, "--tokenizer", tokenizer]
     return _call("trainer.sample", "--checkpoint", place, "--vae", folder, "--out", out, *named)
 
 

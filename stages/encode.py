@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -226,7 +226,12 @@ class Encode(RowStage[EncodeSettings, Vae]):
         chosen = self.settings.batch_size
         if chosen is not None:
             return lambda shape: chosen, chosen
-        return model.best_batch, 1 if model.device.type == "cpu" else MOST
+
+        def tried(shape: tuple[int, ...]) -> int:
+            with _starting():
+                return model.best_batch(shape)
+
+        return tried, 1 if model.device.type == "cpu" else MOST
 
     def _whole(self, answers: dict[int, Answer]) -> Iterator[tuple[int, Outcome]]:
         """Takes the answers that are complete out of `answers`."""
@@ -275,6 +280,14 @@ class Encode(RowStage[EncodeSettings, Vae]):
             alive()
 
 
+@contextmanager
+def _starting() -> Iterator[None]:
+    """What a worker does once or twice, however many clips it gets."""
+    began = time.perf_counter()
+    yield
+    spent("start", time.perf_counter() - began)
+
+
 class Flight:
     """The batch that the VAE has: on a GPU it is fetched only when the next one is on its way, so
     that the device always has something to do."""
@@ -305,7 +318,8 @@ class Flight:
                 continue
             clip = self._stage.clip_id(waiting.answer.clip, waiting.clip)
             waiting.settle({"clip_id": clip, **columns(waiting.clip, *latents)})
-            self._look_at(clip, waiting.clip.frames, latents[0])
+            with _starting():
+                self._look_at(clip, waiting.clip.frames, latents[0])
 
     def _look_at(self, clip: str, frames: Pixels, latents: torch.Tensor) -> None:
         """Decodes a few of a worker's clips again, and tells how like their source they are."""

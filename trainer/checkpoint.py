@@ -20,7 +20,7 @@ from torch import nn
 
 from trainer import models
 from trainer.config import ModelConfig
-from trainer.data import Position
+from trainer.order import Position
 
 STATE = "trainer.json"
 LAST = "last.json"
@@ -100,7 +100,7 @@ def read(folder: Path) -> Checkpoint:
         for name, size in state["files"].items():
             if (found := (folder / name).stat().st_size) != size:
                 raise CheckpointError(f"{folder} is damaged: {name} has {found} of {size} bytes")
-        return Checkpoint(folder, state["step"], Position(**state["position"]), config)
+        return Checkpoint(folder, state["step"], Position.from_json(state["position"]), config)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is incomplete: {error.filename} is missing") from error
     except (ValueError, KeyError, TypeError, ValidationError) as error:

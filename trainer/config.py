@@ -45,12 +45,13 @@ class DiTSettings(_Section):
 
 
 class TextSettings(_Section):
-    """The text encoder that is trained with the model."""
+    """What the model is told of captions: by an encoder trained with it, or by stored ones."""
 
-    kind: Literal["words", "bytes"] = Field(
+    kind: Literal["words", "bytes", "stored"] = Field(
         "words",
-        description="what a text token is: a hashed word, or a byte "
-        "(for languages that put no spaces between words)",
+        description="what a text token is: a hashed word, or a byte (for languages that put no "
+        "spaces between words), both encoded by a small encoder that is trained as well; stored: "
+        "a token of the text embeddings that the stage embed made, with no encoder at all",
     )
     length: int = Field(48, ge=2, le=4096, description="tokens of a caption; the rest is cut off")
     layers: int = Field(2, ge=0, le=48, description="transformer layers over the text tokens")
@@ -58,14 +59,27 @@ class TextSettings(_Section):
 
 
 class Expect(_Section):
-    """What the latents must have been made with; what is left out is not checked. `size`, a side
-    or [height, width], stands for both."""
+    """What latents and text embeddings must have been made with; what is left out is not checked.
+    `size`, a side or [height, width], stands for both."""
 
+    policy: Literal["time", "seed", "interval"] | None = Field(
+        None, description="which frames stand for a clip"
+    )
     fps: float | None = Field(None, gt=0, description="frames a second of a clip")
+    interval: int | None = Field(
+        None, ge=1, description="of policy interval: from one frame to the next"
+    )
     frames: int | None = Field(None, ge=1, description="frames of a clip")
     height: int | None = Field(None, ge=1, description="pixels")
     width: int | None = Field(None, ge=1, description="pixels")
+    buckets: tuple[tuple[int, int, int], ...] | None = Field(
+        None, description="all shapes of clips: [frames, height, width] each"
+    )
     vae: str | None = Field(None, description="the VAE as configured, or its weights' sha256")
+    encoder: str | None = Field(
+        None, description="of text embeddings, as configured, or its files' sha256"
+    )
+    max_length: int | None = Field(None, ge=1, description="of text embeddings: tokens")
 
     @model_validator(mode="before")
     @classmethod
@@ -120,10 +134,20 @@ class TrainSettings(_Section):
     )
 
     shuffle_window: int = Field(
-        1024,
+        1024, ge=1, description="clips shuffled together, after shards are; fewer, see `memory`"
+    )
+    memory: int = Field(
+        4 << 30,
+        ge=1 << 20,
+        description="bytes of latents and embeddings that a process holds ahead of the model, "
+        "counted as float32; no more than an eighth of it is shuffled together",
+    )
+    lanes: int = Field(
+        16,
         ge=1,
-        description="clips shuffled together, after shards are; "
-        "all processes together hold up to two windows in memory",
+        le=1024,
+        description="stretches of the shards that are read side by side; where it is a multiple of "
+        "the number of processes, each reads shards of its own",
     )
     read_ahead: int = Field(4, ge=1, description="batches made ready ahead of the model")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
@@ -131,8 +155,8 @@ class TrainSettings(_Section):
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
 
     model: DiTSettings = Field(default_factory=DiTSettings, description="the model")
-    text: TextSettings = Field(default_factory=TextSettings, description="the text encoder")
-    expect: Expect = Field(default_factory=Expect, description="checks against the latents")
+    text: TextSettings = Field(default_factory=TextSettings, description="the captions")
+    expect: Expect = Field(default_factory=Expect, description="checks against the index")
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -144,6 +168,11 @@ class TrainSettings(_Section):
         if self.captions and not any(self.captions.values()):
             raise ValueError(
                 f"captions is {self.captions}: one of the weights must be above 0, or leave it out"
+            )
+        if self.captions and self.text.kind == "stored":
+            raise ValueError(
+                "captions are drawn by weights, but text.kind is stored and embeddings are of one "
+                "caption a clip: leave captions out, or set text.kind to words or bytes"
             )
         return self
 
@@ -164,17 +193,26 @@ class ModelConfig(_Section):
     schedule: Literal["scaled_linear", "cosine"] = Field(description="its noise schedule")
     shape: tuple[int, int, int, int] = Field(description="C, F, H, W of latents it was trained on")
     latents: dict[str, Any] = Field(description="their LatentSpec: VAE, shift, scale, sampling")
+    embeddings: dict[str, Any] | None = Field(
+        None, description="the TextSpec of stored embeddings: encoder, width, length"
+    )
 
     def differences(self, other: ModelConfig) -> list[str]:
         """Why weights of `other` do not fit: "model.width is 128, not 256". Empty: they do."""
         names = ("vae_sha256", "channels", "shift", "scale")
+        texts = ("encoder_sha256", "width", "padding")
         ours, theirs = (
             {
                 **{f"model.{k}": v for k, v in config.model},
-                **{f"text.{k}": v for k, v in config.text},
+                **{
+                    f"text.{k}": v
+                    for k, v in config.text
+                    if k == "kind" or config.embeddings is None  # nothing else has a say then
+                },
                 "objective": config.objective,
                 "schedule": config.schedule if config.objective != "flow" else None,
                 **{f"latents.{k}": config.latents[k] for k in names},
+                **{f"embeddings.{k}": (config.embeddings or {}).get(k) for k in texts},
             }
             for config in (self, other)
         )

@@ -1,4 +1,4 @@
-"""The models: a small video DiT with its own text encoder, and how a model is saved and loaded.
+"""The models: a small video DiT, its text, and how a model is saved and loaded.
 
 The DiT (Peebles & Xie 2023) cuts latents into patches of a few frames, rows and columns, puts text
 tokens before them and attends over both; the time and the pooled text modulate every block by
@@ -24,6 +24,8 @@ from trainer.objectives import TIMESTEPS
 WEIGHTS = "model.safetensors"  # the name that accelerate gives them in a checkpoint as well
 CONFIG = "config.json"
 
+Text = Tensor | tuple[Tensor, Tensor]  # token ids; stored embeddings and their mask
+
 PAD, BEGIN, FIRST = 0, 1, 2  # token ids: padding, the caption's beginning, the first real one
 
 
@@ -48,8 +50,7 @@ def tokenise(captions: Sequence[str], settings: TextSettings) -> Tensor:
 class TextEncoder(nn.Module):
     """Token ids (B, L) to tokens (B, L, width), their mask (B, L) and the pooled text (B, width).
 
-    A model knows no more of its text than these three, so an encoder of stored embeddings takes
-    this one's place by projecting them.
+    A model knows no more of its text than these three, so `StoredText` may take this one's place.
     """
 
     def __init__(self, settings: TextSettings, width: int, heads: int) -> None:
@@ -71,8 +72,29 @@ class TextEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~mask)
         x = self.norm(x)
-        share = mask.unsqueeze(-1).to(x.dtype)
-        return x, mask, (x * share).sum(1) / share.sum(1)
+        return x, mask, pooled(x, mask)
+
+
+class StoredText(nn.Module):
+    """Stored embeddings (B, L, values) and their mask (B, L) to the three of `TextEncoder`."""
+
+    def __init__(self, values: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(values, width)
+        self.second = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, stored: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        values, mask = stored
+        x = F.gelu(self.first(values.to(self.first.weight.dtype)), approximate="tanh")
+        x = self.norm(self.second(x))
+        return x, mask, pooled(x, mask)
+
+
+def pooled(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean (B, width) of the tokens (B, L, width) that are there."""
+    share = mask.unsqueeze(-1).to(x.dtype)
+    return (x * share).sum(1) / share.sum(1)
 
 
 class Block(nn.Module):
@@ -111,7 +133,8 @@ class Block(nn.Module):
 
 
 class VideoDiT(nn.Module):
-    """Latents (B, C, F, H, W), times (B,) in [0, 1] and token ids (B, L) to an output like latents.
+    """Latents (B, C, F, H, W), times (B,) in [0, 1] and text to an output like latents. The text:
+    token ids (B, L), or stored embeddings (B, L, values) and their mask (B, L).
 
     Any F, H and W: what is no multiple of the patch is padded by its edge and cut off again. A
     new model's output is 0, as its last layer is.
@@ -123,7 +146,11 @@ class VideoDiT(nn.Module):
         self.patch = model.patch
         self.width = model.width
         values = channels * math.prod(model.patch)
-        self.text = TextEncoder(config.text, model.width, model.heads)
+        self.text = (
+            StoredText(config.embeddings["width"], model.width)
+            if config.embeddings is not None
+            else TextEncoder(config.text, model.width, model.heads)
+        )
         self.pooled = nn.Linear(model.width, model.width)
         self.time = nn.Sequential(
             nn.Linear(model.width, model.width), nn.SiLU(), nn.Linear(model.width, model.width)
@@ -140,24 +167,25 @@ class VideoDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.text.embed.weight, std=0.02)
-        nn.init.normal_(self.text.place, std=0.02)
+        if isinstance(self.text, TextEncoder):
+            nn.init.normal_(self.text.embed.weight, std=0.02)
+            nn.init.normal_(self.text.place, std=0.02)
         for module in [*self.blocks, self]:
             nn.init.zeros_(module.modulation[-1].weight)
         nn.init.zeros_(self.unembed.weight)
 
-    def forward(self, x: Tensor, time: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: Text) -> Tensor:
         size = x.shape[2:]
         tokens, grid = self.patchify(x)
         tokens = self.embed(tokens) + positions(grid, self.width).to(tokens)
-        text, mask, pooled = self.text(ids)
+        words, mask, whole = self.text(text)
         mask = F.pad(mask, (0, tokens.shape[1]), value=True)[:, None, None]
-        condition = self.time(sinusoid(time * TIMESTEPS, self.width)) + self.pooled(pooled)
+        condition = self.time(sinusoid(time * TIMESTEPS, self.width)) + self.pooled(whole)
 
-        tokens = torch.cat([text.to(tokens.dtype), tokens], 1)
+        tokens = torch.cat([words.to(tokens.dtype), tokens], 1)
         for block in self.blocks:
             tokens = block(tokens, condition, mask)
-        tokens = tokens[:, text.shape[1] :]
+        tokens = tokens[:, words.shape[1] :]
 
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, -1)
         out = self.unembed(self.norm(tokens) * (1 + scale) + shift)

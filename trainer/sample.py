@@ -27,6 +27,7 @@ from manifests.redact import shown
 from trainer import checkpoint, models, objectives
 from trainer.checkpoint import CheckpointError
 from trainer.config import ModelConfig, SettingsError
+from trainer.prompts import text_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +41,7 @@ FAINTEST = 0.05
 
 ABOUT = "Makes videos of prompts with a trained model."
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # latents, times, token ids
+Model = Callable[[Tensor, Tensor, models.Text], Tensor]  # latents, times, text
 
 
 # ----------------------------------------------------------------------------- latents of prompts
@@ -55,17 +56,20 @@ def sample(
     guidance: float = 3.0,
     seed: int = 0,
     device: str = "cpu",
+    encoder: str | None = None,
+    tokenizer: str | None = None,
 ) -> Tensor:
     """Normalised latents of the prompts: (prompts, C, F, H, W) float32. Each prompt's noise
-    depends on the seed alone, so they can be compared."""
+    depends on the seed alone, so they can be compared. `encoder` and `tokenizer` are those of
+    stored embeddings (`trainer.prompts`)."""
     kind, schedule = config.objective, config.schedule
     noise = torch.randn(config.shape, generator=torch.Generator().manual_seed(seed))
     x = torch.stack([noise] * len(prompts)).to(device)
-    ids = models.tokenise([*prompts, *[""] * len(prompts)], config.text).to(device)
+    text = text_of([*prompts, *[""] * len(prompts)], config, device, encoder, tokenizer)
 
     times = sampling_times(config, steps).to(device)
     for time, following in itertools.pairwise(times):
-        both = model(torch.cat([x, x]), time.expand(2 * len(x)), ids).float()
+        both = model(torch.cat([x, x]), time.expand(2 * len(x)), text).float()
         with_text, without = both.chunk(2)
         output = without + guidance * (with_text - without)
         a, s = objectives.path(kind, schedule, time.expand(len(x)))
@@ -209,12 +213,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="or a run's output folder")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--vae", help="its diffusers folder; default: as the latents were made")
+    parser.add_argument("--text-encoder", help="of stored embeddings; default: as these were made")
+    parser.add_argument("--tokenizer", help="its tokenizer's folder; default: the same")
     parser.add_argument("--out", type=Path, required=True, help="a .gif, .mp4 or .png")
     parser.add_argument("--steps", type=int, default=30, help="model calls of the sampler")
     parser.add_argument("--guidance", type=float, default=3.0, help="1: none")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     given = parser.parse_args(arguments)
-    sampling = {"steps": max(1, given.steps), "guidance": given.guidance, "seed": given.seed}
+    sampling = {
+        "steps": max(1, given.steps),
+        "guidance": given.guidance,
+        "seed": given.seed,
+        "encoder": given.text_encoder,
+        "tokenizer": given.tokenizer,
+    }
     try:
         make(given.checkpoint, given.prompt, given.vae, given.out, **sampling)
     except (SettingsError, CheckpointError) as error:

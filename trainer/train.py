@@ -27,8 +27,9 @@ from trainer import checkpoint as checkpoints
 from trainer import objectives
 from trainer.checkpoint import CheckpointError
 from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
-from trainer.data import Batch, Loader, check_expected, keyed
-from trainer.models import build, tokenise
+from trainer.data import Batch, Loader
+from trainer.keys import keyed
+from trainer.models import Text, build, tokenise
 
 # Noise makes gradients noisy, and runs of a few hundred steps are over before 0.999 has settled.
 BETAS = (0.9, 0.99)
@@ -49,7 +50,6 @@ def train(settings: TrainSettings) -> Path:
     """
     # ------------------------------------------------------------------------- data and processes
     index = Index.open(settings.index)
-    check_expected(settings.expect, index.spec)
     accelerator = start(settings)
     device, world = accelerator.device, accelerator.num_processes
     say = accelerator.on_main_process(lambda line: print(shown(line), file=sys.stderr, flush=True))
@@ -64,6 +64,7 @@ def train(settings: TrainSettings) -> Path:
         schedule=settings.schedule,
         shape=loader.shape,
         latents=index.spec.to_json(),
+        embeddings=loader.embeddings and loader.embeddings.spec.to_json(),
     )
     set_seed(settings.seed)
     model = build(config)
@@ -83,10 +84,12 @@ def train(settings: TrainSettings) -> Path:
         say(f"goes on from {folder}" + f": {note}" * bool(note))
     accelerator.init_trackers("train", init_kwargs={"tensorboard": {"purge_step": step + 1}})
     say(
-        f"{len(loader)} clips of {list(loader.shape)}, {parameters:,} parameters, {world} x "
+        f"{len(loader)} clips of {loader.shapes}, {parameters:,} parameters, {world} x "
         f"{device.type}, mixed precision {accelerator.mixed_precision}, steps {step} to "
         f"{settings.steps}"
     )
+    if index.text is not None and loader.embeddings is None:
+        say("the index has text embeddings, which are not used: train.text.kind is not stored")
 
     # ------------------------------------------------------------------------- the loop
     model.train()
@@ -179,7 +182,7 @@ def clip_losses(
     """The loss of each clip (B,), its time and noise keyed on the visit."""
     kind, seed = settings.objective, settings.seed
     visits = list(zip(batch.epochs, batch.clip_ids))
-    x0 = batch.latents.to(device, non_blocking=True)
+    x0 = batch.latents(device)
     time = torch.stack(
         [
             objectives.draw_time(settings.density, kind, keyed("time", seed, epoch, clip))
@@ -191,11 +194,19 @@ def clip_losses(
         row.normal_(generator=keyed("noise", seed, epoch, clip, str(device)))
 
     a, s = objectives.path(kind, settings.schedule, time)
-    ids = tokenise(batch.captions, settings.text).to(device)
-    output = model(objectives.add_noise(x0, noise, a, s), time, ids)
+    text = text_of(batch, settings, device)
+    output = model(objectives.add_noise(x0, noise, a, s), time, text)
     wanted = objectives.target(kind, x0, noise, a, s)
     weights = objectives.weight(kind, a, s, settings.min_snr_gamma)
     return objectives.losses(output, wanted, weights)
+
+
+def text_of(batch: Batch, settings: TrainSettings, device: torch.device) -> Text:
+    """What the model is told of the batch's captions."""
+    if batch.embeddings is None:
+        return tokenise(batch.captions, settings.text).to(device)
+    values, mask = batch.embeddings
+    return values.to(device, non_blocking=True), mask.to(device)
 
 
 def share(accelerator: Accelerator, losses: Tensor, stop: bool) -> tuple[Tensor, bool]:

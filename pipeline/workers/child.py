@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections import deque
@@ -38,16 +39,24 @@ from stages import base
 ALIVE_SECONDS = 0.2
 # The kernel's memory killer shall take this process, and neither its supervisor nor the driver.
 OOM_SCORE = 500
+# Reads a pipe to its end, and kills its group. Signals to all processes are for the supervisor.
+WATCHER = ("/bin/sh", "-c", "trap '' INT TERM HUP; read end; kill -KILL 0")
 
 
 def tied_to(lifeline: int) -> None:
     """Has the kernel kill this process once the other end of the pipe `lifeline` is closed, as it
     is at the latest when the supervisor dies, by whatever. Unlike a thread that reads the pipe it
     works while C code holds the interpreter; unlike PR_SET_PDEATHSIG it is about the process, not
-    about the thread that started this one."""
+    about the thread that started this one.
+
+    The rest of its group, which it leads, has a watcher: this process may be gone before the
+    supervisor, as Ray kills what its workers have started, and what a stage has started in turn,
+    vLLM's engine, would live on and keep its GPU.
+    """
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    subprocess.Popen(WATCHER, stdin=lifeline, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def serve(connection: Connection) -> NoReturn:

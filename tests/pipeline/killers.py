@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -113,6 +114,25 @@ class Loader(Stage[KillerSettings, str]):
     def process(self, rows: list[Row], model: str) -> list[Outcome]:
         assert model == "model"
         return [{"pid": os.getpid()} for _ in rows]
+
+
+class Parent(Stage[KillerSettings, subprocess.Popen[bytes]]):
+    """Has a model that is a process, as vLLM's engine is, and never ends it; notes its id."""
+
+    name = "parent"
+    Settings = KillerSettings
+    reads = ("caption",)
+    adds = pa.schema([pa.field("child", pa.int64())])
+
+    def setup(self) -> subprocess.Popen[bytes]:
+        started = subprocess.Popen(["sleep", "600"])
+        (Path(self.settings.folder) / "child").write_text(str(started.pid))
+        return started
+
+    def process(self, rows: list[Row], model: subprocess.Popen[bytes]) -> list[Outcome]:
+        if rows[0]["caption"] == "hang":
+            time.sleep(600)
+        return [{"child": model.pid} for _ in rows]
 
 
 class Unready(Stage[StageSettings, str]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command, project, until
 from killers import Killer, Loader, Returner, Unready
 from toys import Length, Limit, Shout, pipeline
 
@@ -195,15 +197,41 @@ def test_the_process_dies_with_its_supervisor(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}
     )
     deadline = time.monotonic() + 60
-    while len(children().keys() - before) < 2 and time.monotonic() < deadline:
+    while len(children().keys() - before) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(1.0)  # until it hangs
-    (worker,) = children().keys() - before - {driver.pid}
+    worker, watcher = sorted(children().keys() - before - {driver.pid})
     driver.kill()
     driver.wait()
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{worker}").exists()
+    until(lambda: gone(worker) and gone(watcher), 30)
+
+
+def gone(process: int) -> bool:
+    """Whether it has ended, be it that nobody has asked how."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("runner", ["local", "ray"])
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "at its end"])
+def test_what_a_stage_has_started_dies_with_its_worker(
+    tmp_path: Path, runner: str, killed: bool
+) -> None:
+    more = f"  parent: {{use: 'killers:Parent', folder: {tmp_path}}}\n"
+    captions = ["hang" if killed else "fine"]
+    made = project(tmp_path, captions, more=f"stages:\n{more}")
+    command = Command(made, "run", "--runner", runner)
+    note = tmp_path / "child"
+    until(lambda: note.exists() and note.read_text())
+    child = int(note.read_text())
+    if killed:
+        assert not gone(child)
+        command.signal(signal.SIGKILL)
+    assert command.wait() == (-signal.SIGKILL if killed else 0), command.said
+    # Where a driver is killed, a raylet may wait for a minute for the head to come back.
+    until(lambda: gone(child) and not command.left())
 
 
 def test_importing_the_worker_s_process_is_cheap() -> None:

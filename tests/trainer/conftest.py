@@ -12,11 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from embedded import TEXT, write_embeddings
 
-from manifests.shards import INDEX, LATENTS, Index, LatentSpec, with_facts, write_index
+from manifests.shards import (
+    INDEX,
+    LATENTS,
+    Index,
+    LatentSpec,
+    with_facts,
+    write_index,
+)
 from trainer.config import TrainSettings, parse_settings
 
-SHAPE = (4, 4, 4, 4)
+Shape = tuple[int, int, int, int]
+
+SHAPE: Shape = (4, 4, 4, 4)
 COLOURS = ("red", "green", "blue", "white")
 
 
@@ -46,25 +56,28 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
 
     def make(
         sizes: tuple[int, ...] = (7, 5, 1, 8),
-        shape: tuple[int, int, int, int] = SHAPE,
+        shape: Shape | Callable[[int], Shape] = SHAPE,
         dtype: str = "float32",
         moments: bool = True,
         captions: Callable[[int], str | None] = lambda i: f"a {COLOURS[i % 4]} square, no {i}",
         mean: Callable[[int], float] = float,
         several: Callable[[int], dict[str, str] | None] = lambda i: None,
+        embedded: bool = False,
+        group: int = 3,
     ) -> Made:
         folder = tmp_path / "work"
+        shape_of = shape if callable(shape) else lambda i: shape
         spec = LatentSpec(
             vae="vaes/tiny",
             vae_class="AutoencoderKL",
             vae_sha256="ab" * 32,
             fingerprint="f" * 16,
             moments=moments,
-            channels=shape[0],
+            channels=SHAPE[0],
             temporal=1,
             spatial=8,
-            shift=[0.1 * c for c in range(shape[0])],
-            scale=[1.0 / (c + 1) for c in range(shape[0])],
+            shift=[0.1 * c for c in range(SHAPE[0])],
+            scale=[1.0 / (c + 1) for c in range(SHAPE[0])],
             sampling={"fps": 16.0, "frames": 4, "size": 32, "policy": "time"},
         )
         draw = np.random.default_rng(7)
@@ -74,8 +87,9 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
             name, stored = f"encode/f/u{s:02}.parquet", []
             for row in range(size):
                 clip = f"clip{number:020}"
-                values = draw.normal(mean(number), 0.1, shape).astype(np.float32)
-                logvar = draw.normal(-2, 0.1, shape).astype(np.float32)
+                own = shape_of(number)
+                values = draw.normal(mean(number), 0.1, own).astype(np.float32)
+                logvar = draw.normal(-2, 0.1, own).astype(np.float32)
                 clips[clip], texts[clip] = (values, logvar), captions(number)
                 data = np.concatenate([values, logvar]) if moments else values
                 stored.append(
@@ -105,10 +119,18 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
             shards[name].parent.mkdir(parents=True, exist_ok=True)
             schema = pa.schema([pa.field("clip_id", pa.string()), *LATENTS])
             table = with_facts(pa.Table.from_pylist(stored, schema), {"spec": spec.to_json()})
-            pq.write_table(table, shards[name], row_group_size=3)
+            pq.write_table(
+                table, shards[name], row_group_size=group, compression="none", use_dictionary=False
+            )
+            if embedded:
+                of = rows[len(rows) - size :]
+                name = f"embed/f/u{s:02}.parquet"
+                shards[name] = folder / name
+                write_embeddings(shards[name], name, of)
         url = str(folder / "index.parquet")
         table = pa.Table.from_pylist(rows, INDEX)
-        write_index(url, str(folder), [table], spec, {})
+        facts = {"text": TEXT.to_json()} if embedded else {}
+        write_index(url, str(folder), [table], spec, facts)
         return Made(url, spec, clips, texts, shards)
 
     return make

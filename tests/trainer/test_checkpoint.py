@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import DiTSettings, ModelConfig, TextSettings
-from trainer.data import Position
+from trainer.order import Position
 
 LATENTS = {"vae_sha256": "aa", "channels": 4, "shift": [0.0] * 4, "scale": [0.2] * 4}
 
@@ -43,7 +43,7 @@ def accelerator(model: torch.nn.Module) -> Accelerator:
 
 
 def save(accelerator: Accelerator, output: Path, step: int, keep: int = 9) -> Path:
-    position = Position(1, step, 0, "order")
+    position = Position(1, (step, 7), 0, "order")
     return checkpoints.save(accelerator, output, step, position, config(), keep)
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_is_found_again(accelerator: Accelerator, tmp_path: Path) -
     save(accelerator, tmp_path, 9)
     folder = save(accelerator, tmp_path, 10)  # newer than 9, though not by name
     assert checkpoints.latest(tmp_path) == Checkpoint(
-        folder, 10, Position(1, 10, 0, "order"), config()
+        folder, 10, Position(1, (10, 7), 0, "order"), config()
     )
     assert names(tmp_path) == {"checkpoint-9", "checkpoint-10", "last.json"}
 

@@ -1,0 +1,179 @@
+"""Rows of shards, read in large pieces before they are wanted.
+
+A row group (some 16 MB) is read once, for all that is wanted of it soon, by threads in the
+background, in the order of the file. What is wanted later stays in memory until its turn comes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Generic, NamedTuple, TypeVar
+
+from manifests.shards import Embedding, Latent, ShardFile
+
+T = TypeVar("T")
+
+THREADS = 4  # row groups read at once: a store far away answers one at a time slowly
+OPEN = 256  # shards
+
+Row = Latent | Embedding
+
+
+class Place(NamedTuple):
+    """A row of a shard."""
+
+    shard: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Wanted(Generic[T]):
+    """Rows that are wanted together, for `item`, and at most `bytes` long."""
+
+    item: T
+    places: list[Place]
+    bytes: int
+
+
+class Shards:
+    """Shards that are open: the latest used ones. `open` opens one, `rows` reads rows of it."""
+
+    def __init__(
+        self,
+        open: Callable[[str], ShardFile],
+        rows: Callable[[ShardFile, list[int]], Iterator[Row]],
+    ) -> None:
+        self._open, self._rows = open, rows
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, Future[ShardFile]] = OrderedDict()
+
+    def get(self, name: str) -> ShardFile:
+        """Opens each but once, whoever asks."""
+        with self._lock:
+            mine = name not in self._files
+            future = self._files.setdefault(name, Future())
+            self._files.move_to_end(name)
+            if len(self._files) > OPEN:
+                self._files.popitem(last=False)  # closed when nobody reads it any more
+        if mine:
+            try:
+                future.set_result(self._open(name))
+            except BaseException as error:  # noqa: BLE001  those who wait for it get it too
+                future.set_exception(error)
+        return future.result()
+
+    def read(self, name: str, rows: list[int]) -> dict[int, Row]:
+        """`rows` (ascending), by their numbers."""
+        return dict(zip(rows, self._rows(self.get(name), rows), strict=True))
+
+
+def read_rows(
+    plan: Iterator[Wanted[T]], shards: Shards, memory: int
+) -> Generator[tuple[T, list[Row]]]:
+    """What `plan` wants, in its order, each with its rows.
+
+    Of the plan as much is known ahead as takes `memory` bytes. What the nearer half of it wants is
+    read, and of each row group all that the whole of it wants is kept. So no more than `memory`
+    bytes are held, beside the row groups being read, and each is read once if all that is wanted of
+    it lies within half of `memory`.
+    """
+    far: deque[Wanted[T]] = deque()
+    near: deque[Wanted[T]] = deque()
+    far_bytes = near_bytes = 0
+    wanted: dict[str, Counter[int]] = defaultdict(Counter)  # rows of each shard, in far and near
+    read: dict[Place, Future[dict[int, Row]]] = {}
+    pool = ThreadPoolExecutor(THREADS, "shards")
+    try:
+        while True:
+            while far_bytes + near_bytes < memory or not far:
+                far.append(one := next(plan))
+                far_bytes += one.bytes
+                for place in one.places:
+                    if place.shard not in wanted:
+                        pool.submit(shards.get, place.shard)
+                    wanted[place.shard][place.row] += 1
+            if near_bytes <= memory * 3 // 8:
+                missing: dict[Place, None] = {}
+                while far and (near_bytes < memory // 2 or not near):
+                    near.append(one := far.popleft())
+                    far_bytes -= one.bytes
+                    near_bytes += one.bytes
+                    missing |= dict.fromkeys(place for place in one.places if place not in read)
+                _request(missing, wanted, shards, read, pool)
+            one = near.popleft()
+            near_bytes -= one.bytes
+            rows = []
+            for place in one.places:
+                rows.append(read[place].result()[place.row])
+                wanted[place.shard][place.row] -= 1
+                if not wanted[place.shard][place.row]:
+                    del wanted[place.shard][place.row], read[place].result()[place.row], read[place]
+                    if not wanted[place.shard]:
+                        del wanted[place.shard]
+            yield one.item, rows
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _request(
+    missing: Iterable[Place],
+    wanted: Mapping[str, Counter[int]],
+    shards: Shards,
+    read: dict[Place, Future[dict[int, Row]]],
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Has the row groups of `missing` read, in the order of their files, for all that is wanted."""
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for place in missing:
+        rows_of[place.shard].append(place.row)
+    for name, rows in rows_of.items():
+        file = shards.get(name)
+        for group in sorted({file.group(row) for row in rows}):
+            first, last = file.starts[group], file.starts[group + 1]
+            places = [
+                place
+                for row in sorted(wanted[name])
+                if first <= row < last and (place := Place(name, row)) not in read
+            ]
+            future = pool.submit(shards.read, name, [place.row for place in places])
+            read.update(dict.fromkeys(places, future))
+
+
+def read_ahead(source: Iterator[T], depth: int) -> Generator[T]:
+    """The items of `source`, made by a thread that is at most `depth` items ahead.
+
+    What `source` raises is raised here; closing this generator ends the thread.
+    """
+    slots, stop = threading.Semaphore(depth), threading.Event()
+    items: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            while slots.acquire() and not stop.is_set():
+                items.put((next(source), None))
+        except BaseException as error:  # noqa: BLE001  a thread's error belongs to its reader
+            items.put((None, error))
+        finally:
+            if close := getattr(source, "close", None):
+                close()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            slots.release()
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        slots.release()
+        thread.join()
