@@ -126,6 +126,7 @@ class Describe(Captioner[DescribeSettings]):
             threads=threads,
             depth=4 * threads,
             most=self.settings.ahead - self.holds,
+            ordered=False,
         )
         with closing(frames):
             for number, one in frames:
