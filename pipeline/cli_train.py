@@ -18,7 +18,14 @@ from pipeline.cli_options import load, with_config
     metavar="N",
     help="Of each node, without GPUs; default: 1.",
 )
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Machines, with --launcher slurm or print.",
+)
 @click.option(
     "--launcher",
     type=click.Choice(["local", "slurm", "print"]),

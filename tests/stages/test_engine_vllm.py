@@ -24,6 +24,44 @@ from stages.engines.base import (
 )
 from stages.engines.vllm import VllmEngine
 
+SEES = all(importlib.util.find_spec(name) for name in ("vllm", "torchvision"))
+
+
+@pytest.mark.skipif(not SEES, reason="vLLM or torchvision is not installed")
+@pytest.mark.parametrize("video", [False, True], ids=["images", "video"])
+def test_vllm_sees_what_transformers_sees(
+    video: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny random Qwen2-VL: as many tokens for the same frames, and answers that hang on them."""
+    from tiny_qwen import make_qwen
+
+    from stages.engines.transformers_vision import VisionEngine
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    folder = str(make_qwen(tmp_path / "qwen"))
+    requests = [
+        Request("a dog", 1, seen=pictures(2, video)),
+        Request("a dog", 2, seen=pictures(2, video, dark=False)),
+        Request("the hill", 3, seen=pictures(3, video)),
+        Request("x" * 999, 4, seen=pictures(2, video)),
+    ]
+    plain = VisionEngine(folder, "tiny", "float32", "cpu", 4, {})
+    expected = ask(plain, requests, SamplingSettings(8))
+    args = {"enforce_eager": True, "max_num_seqs": 4, "gpu_memory_utilization": 0.3}
+    media = {"video": 1} if video else {"image": 3}
+    engine = VllmEngine(folder, "tiny", "bfloat16", 1024, args, {}, media)
+    results = ask(engine, requests, SamplingSettings(8))
+    again = ask(engine, requests[::-1], SamplingSettings(8))[::-1]
+    engine.close()
+    for found, known in zip(results[:3], expected):
+        assert found.prompt_tokens == known.prompt_tokens
+        assert found.tokens > 0
+    assert results[0].text != results[1].text, "it looks at its frames"
+    assert [one.text for one in again[:3]] == [one.text for one in results[:3]]
+    assert [one.error for one in (results[3], expected[3])] == ["prompt_too_long"] * 2
+
+
 PLACES = 4  # tokens that pictures take
 
 
@@ -253,8 +291,9 @@ def seeing(stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch) -> VllmEngi
     return VllmEngine("folder", "label", "auto", 20, {"max_num_seqs": 4}, {}, {"image": 2})
 
 
-def pictures(n: int, video: bool = False) -> Pictures:
-    frames = np.stack([np.full((4, 6, 3), 20 * i, np.uint8) for i in range(n)])
+def pictures(n: int, video: bool = False, dark: bool = True) -> Pictures:
+    greys = [20 * i if dark else 250 - 20 * i for i in range(n)]
+    frames = np.stack([np.full((20, 30, 3), grey, np.uint8) for grey in greys])
     return Pictures(frames, 2.0, video)
 
 
@@ -269,7 +308,7 @@ def test_pictures_go_along_in_order(seeing: VllmEngine) -> None:
     images, videos = seeing._llm.media
     assert [np.asarray(one)[0, 0, 0] for one in images["image"]] == [0, 20]
     ((frames, facts),) = videos["video"]
-    assert frames.shape == (2, 4, 6, 3)
+    assert frames.shape == (2, 20, 30, 3)
     assert (facts["fps"], facts["duration"], facts["do_sample_frames"]) == (2.0, 1.0, False)
 
 
