@@ -190,6 +190,21 @@ def test_an_object_store(make_index: Any, settings_of: Any, s3: Proxy, tmp_path:
         assert part in str(error.value)
 
 
+def test_a_store_that_does_not_answer(
+    make_index: Any, settings_of: Any, s3: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)  # seconds each
+    made = make_index(sizes=(4,))
+    here = made.open()
+    fsspec.filesystem("s3").put(f"{here.workdir}/", f"{BUCKET}/work/", recursive=True)
+    loader = Loader(replace(here, workdir=f"s3://{BUCKET}/work"), settings_of(made))
+    s3.fault("cut", "GET", "u00")
+    with closing(loader.batches(loader.start())) as batches, pytest.raises(ShardError) as error:
+        next(batches)
+    told = str(error.value)
+    assert told.startswith(f"can't read s3://{BUCKET}/work/encode/f/u00.parquet: the store failed")
+
+
 def test_a_shard_is_read_by_any_thread_and_says_where_it_ends(make_index: Any) -> None:
     made = make_index(sizes=(7,))
     (name,) = made.shards
