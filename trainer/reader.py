@@ -100,7 +100,8 @@ def read_rows(
                     wanted[place.shard][place.row] += 1
             if near_bytes <= memory * 3 // 8:
                 missing: dict[Place, None] = {}
-                while far and (near_bytes < memory // 2 or not near):
+                enough = near_bytes + memory // 8  # not all at once: the first should come soon
+                while far and (near_bytes < enough or not near):
                     near.append(one := far.popleft())
                     far_bytes -= one.bytes
                     near_bytes += one.bytes
