@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -153,6 +153,10 @@ class Captioner(RowStage[C, Engine]):
                 raise StageError(
                     f"{where} and there is no such column.{did_you_mean(column, columns.names)}"
                 )
+
+    def cost(self, amounts: Mapping[str, float]) -> float | None:
+        price = self.settings.price
+        return None if price is None else price.of(amounts)
 
     def check(self) -> None:
         check_engine(self.settings, self.name)

@@ -253,8 +253,9 @@ def seeing(stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch) -> VllmEngi
     return VllmEngine("folder", "label", "auto", 20, {"max_num_seqs": 4}, {}, {"image": 2})
 
 
-def pictures(n: int, video: bool = False) -> Pictures:
-    frames = np.stack([np.full((4, 6, 3), 20 * i, np.uint8) for i in range(n)])
+def pictures(n: int, video: bool = False, dark: bool = True) -> Pictures:
+    greys = [20 * i if dark else 250 - 20 * i for i in range(n)]
+    frames = np.stack([np.full((20, 30, 3), grey, np.uint8) for grey in greys])
     return Pictures(frames, 2.0, video)
 
 
@@ -269,7 +270,7 @@ def test_pictures_go_along_in_order(seeing: VllmEngine) -> None:
     images, videos = seeing._llm.media
     assert [np.asarray(one)[0, 0, 0] for one in images["image"]] == [0, 20]
     ((frames, facts),) = videos["video"]
-    assert frames.shape == (2, 4, 6, 3)
+    assert frames.shape == (2, 20, 30, 3)
     assert (facts["fps"], facts["duration"], facts["do_sample_frames"]) == (2.0, 1.0, False)
 
 
