@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +50,9 @@ class Tried:
     start: float = 0.0  # seconds until its worker was ready: the model loaded, its batch size found
     first: str | None = None  # the group that it met first
     beside: list[int] = field(default_factory=list)  # bytes of files that it keeps beside commits
+    # Share of the time for which its worker's process had a core at work, its start included; None
+    # where it had no process of its own.
+    busy: float | None = None
     error: str | None = None  # what it raised first; those rows are not settled
     trace: str | None = None
 
@@ -113,8 +118,11 @@ def _try(pipeline: Pipeline, one: Tried, workers: Workers | None, listener: _Lis
     known = {unit: len(log.commits(unit)) for unit in todo.units}
     there = set(store.find(""))
     listener.receipts.clear()
+    began, used = time.monotonic(), _cpu_seconds()
     with as_a_worker(workers):
         local.run(pipeline, [name], todo, Retry(), listener)
+    if pipeline.config.run.isolate:
+        one.busy = (_cpu_seconds() - used) / max(1e-9, time.monotonic() - began)
     for receipt in listener.receipts:
         spent = Counter(receipt.seconds)
         group = one.groups[receipt.unit]
@@ -135,6 +143,12 @@ def _try(pipeline: Pipeline, one: Tried, workers: Workers | None, listener: _Lis
     one.beside = [
         listed[file].size for file in listed.keys() - there if not file.startswith(f"{name}/")
     ]
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @contextlib.contextmanager

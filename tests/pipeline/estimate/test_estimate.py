@@ -321,3 +321,13 @@ def test_a_workdir_on_s3_is_only_read(tmp_path: Path, s3: Proxy) -> None:
     assert [stage.name for stage in found.stages] == ["gate", "dream"]
     assert of(found, "gate").tried.total == 30
     assert p.store.listing("") == before
+
+
+def test_what_waits_is_not_multiplied_in_silence(tmp_path: Path) -> None:
+    captions = ["120 keep"] * 24
+    run_settings = {"runner": "ray", "isolate": True}
+    p = pipeline(tmp_path, captions, (Nap, Gate, Dream), run=run_settings)
+    waits = [n for n in looked(p, ["nap"], 24, gpus=8).notes if n.startswith("nap: its worker had")]
+    assert len(waits) == 1 and "waited for a network, a server or a disk" in waits[0]
+    local = pipeline(tmp_path, captions, (Nap, Gate, Dream), run={"isolate": True})
+    assert not [n for n in looked(local, ["nap"], 24).notes if "its worker had" in n]
