@@ -135,7 +135,7 @@ def _estimate(
     ray = config.run.runner == "ray"
     workers = spread(over.stages, todo, open_, machine) if ray else None
     tried = try_out(sample, open_, workers or {}, report)
-    made = [_stage(over, found, tried[name], machine) for name in open_]
+    made = [_stage(over, todo, found, tried[name], machine) for name in open_]
     needs = {stage.name: stage.need for stage in made if stage.need is not None}
     here = forecast(needs, workers, machine, config.run, seed) if needs else None
     there = _on(over, todo, needs, machine, gpus, seed) if needs and gpus else None
@@ -156,7 +156,9 @@ def _on(
     return forecast(needs, workers, offer, pipeline.config.run, seed)
 
 
-def _stage(pipeline: Pipeline, found: Survey, tried: Tried, machine: Offer) -> StageEstimate:
+def _stage(
+    pipeline: Pipeline, todo: Plan, found: Survey, tried: Tried, machine: Offer
+) -> StageEstimate:
     """From what a stage did with the sample to what it has to do."""
     name, several = tried.name, list(tried.groups.values())
     stage = pipeline.stages[name]
@@ -176,8 +178,10 @@ def _stage(pipeline: Pipeline, found: Survey, tried: Tried, machine: Offer) -> S
     cost = product(rows, per_row(costs, each)) if priced else None
     # Files beside commits, downloads, are one a row at most: those without one are nothing.
     files = [*tried.beside, *[0] * (settled - len(tried.beside))]
+    commits = len(todo.stages[name].units) * sum(tried.files) / max(1, len(tried.files))
     disk = total(
         [
+            exact(commits),
             product(rows, per_row([group.bytes for group in several], each)),
             product(rows, per_row(files, [1] * len(files))) if tried.beside else exact(0.0),
         ]

@@ -10,7 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pyarrow.parquet as pq
+
 from manifests.log import Counts
+from manifests.store import Store
 from pipeline import local
 from pipeline.dag import Pipeline
 from pipeline.estimate.drawing import marks
@@ -33,7 +36,7 @@ class Group:
     # its work, many more rows at once, and to another place.
     seconds: float = 0.0
     amounts: Counter[str] = field(default_factory=Counter)
-    bytes: int = 0  # committed
+    bytes: int = 0  # committed, without what each file has however many rows are in it
     # Clips that stages before this one had not settled: those that they have by now, and the rows
     # of these that reached this stage.
     observed: int = 0
@@ -49,6 +52,7 @@ class Tried:
     counts: Counts = field(default_factory=Counts)
     start: float = 0.0  # seconds until its worker was ready: the model loaded, its batch size found
     first: str | None = None  # the group that it met first
+    files: list[int] = field(default_factory=list)  # bytes that each file has besides its rows
     beside: list[int] = field(default_factory=list)  # bytes of files that it keeps beside commits
     # Share of the time for which its worker's process had a core at work, its start included; None
     # where it had no process of its own.
@@ -138,11 +142,24 @@ def _try(pipeline: Pipeline, one: Tried, workers: Workers | None, listener: _Lis
         if receipt.error and one.error is None:
             one.error, one.trace = receipt.error, receipt.trace
     for unit, seq in known.items():
-        one.groups[unit].bytes += sum(commit.size for commit in log.commits(unit)[seq:])
+        for commit in log.commits(unit)[seq:]:
+            if commit.data is not None:
+                rows = _row_bytes(store, log.data_name(unit, commit))
+                one.groups[unit].bytes += rows
+                one.files.append(commit.size - rows)
     listed = store.listing("")
     one.beside = [
         listed[file].size for file in listed.keys() - there if not file.startswith(f"{name}/")
     ]
+
+
+def _row_bytes(store: Store, name: str) -> int:
+    """Bytes of a data file that its rows take: the rest is its schema and facts."""
+    with store.opened(name) as file:
+        told = pq.ParquetFile(file).metadata
+        groups = [told.row_group(number) for number in range(told.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        return sum(column.total_compressed_size for column in columns)
 
 
 def _cpu_seconds() -> float:

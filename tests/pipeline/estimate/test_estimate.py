@@ -253,6 +253,18 @@ def test_files_beside_the_commits_count_and_are_not_made_again(tmp_path: Path) -
     assert of(again, "open").tried.kept == 20  # of the workdir's own files
 
 
+def test_disk_is_what_a_run_then_takes(tmp_path: Path) -> None:
+    """Of stages that make little, groups of few rows pack less well: at most as much."""
+    p = pipeline(tmp_path, naps(400, 1), (Nap, Gate, Dream), run={"unit_size": 100})
+    found = looked(p, clips=80)
+    run(p, (), Retry(), Reporter())
+    for stage in found.stages:
+        files = p.store.listing(f"{stage.name}/").items()
+        taken = sum(file.size for name, file in files if name.endswith(".parquet"))
+        most = 1.1 if stage.name == "dream" else 3
+        assert 0.85 * taken < stage.disk.value < most * taken
+
+
 def test_no_room_for_the_sample(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
