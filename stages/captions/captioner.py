@@ -173,6 +173,8 @@ class Captioner(RowStage[C, Engine]):
         prompt = self.prompt
         known["quality"] = {**known["quality"], "original": self.original}
         known["engine_args"] = args_of(self.settings)
+        if self.settings.engine == "vllm" and prompt.schema is not None:
+            known["json"] = "compact"  # since vLLM is told to write no blanks between its parts
         return {
             **values,
             "settings": known,

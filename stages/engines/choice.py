@@ -67,7 +67,7 @@ class EngineSettings(StageSettings):
     )
     revision: str | None = Field(None, description="of the model on the hub; a commit is exact")
     max_tokens: int = Field(256, ge=1, description="of an answer")
-    temperature: float = Field(0.0, ge=0, le=5, description="0: always the likeliest token")
+    temperature: float = Field(0.0, ge=0, le=2, description="0: always the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="share of probability that is drawn from")
     seed: int = Field(0, description="of sampling; each clip draws from its own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
