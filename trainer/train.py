@@ -8,6 +8,7 @@ checkpoint in `output`, bit for bit on the same machine and number of processes.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ from trainer.models import Text, build, tokenise
 
 # Noise makes gradients noisy, and runs of a few hundred steps are over before 0.999 has settled.
 BETAS = (0.9, 0.99)
-
+ECHO_SECONDS = 10.0
 
 ABOUT = "Trains a video model on the latents of an index, from the newest checkpoint on."
 
@@ -231,13 +232,20 @@ def check_finite(everyones: Tensor, losses: Tensor, batch: Batch, step: int) -> 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set; a second signal acts as it would without us."""
+    """An event that SIGTERM and Ctrl-C set; a second signal acts as it would without us, unless it
+    is the first one's echo: launchers and Slurm pass on what the process has heard already."""
     stop = threading.Event()
+    heard = 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def told(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal heard
+        if not stop.is_set():
+            stop.set()
+            heard = time.monotonic()
+        elif time.monotonic() - heard > ECHO_SECONDS:
+            signal.signal(number, before[signal.Signals(number)])
+            os.kill(os.getpid(), number)
 
     for number in before:
         signal.signal(number, told)

@@ -63,7 +63,7 @@ class QualitySettings(BaseModel):
         2, ge=0, le=20, description="further answers to ask for, seeds of their own"
     )
     retry_temperature: float = Field(
-        0.7, gt=0, le=5, description="of further answers at least: greedy ones would be the same"
+        0.7, gt=0, le=2, description="of further answers at least: greedy ones would be the same"
     )
     fallback: Literal["original", "reject", "keep"] = Field(
         "original",
