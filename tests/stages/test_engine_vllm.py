@@ -24,44 +24,6 @@ from stages.engines.base import (
 )
 from stages.engines.vllm import VllmEngine
 
-SEES = all(importlib.util.find_spec(name) for name in ("vllm", "torchvision"))
-
-
-@pytest.mark.skipif(not SEES, reason="vLLM or torchvision is not installed")
-@pytest.mark.parametrize("video", [False, True], ids=["images", "video"])
-def test_vllm_sees_what_transformers_sees(
-    video: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A tiny random Qwen2-VL: as many tokens for the same frames, and answers that hang on them."""
-    from tiny_qwen import make_qwen
-
-    from stages.engines.transformers_vision import VisionEngine
-
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    folder = str(make_qwen(tmp_path / "qwen"))
-    requests = [
-        Request("a dog", 1, seen=pictures(2, video)),
-        Request("a dog", 2, seen=pictures(2, video, dark=False)),
-        Request("the hill", 3, seen=pictures(3, video)),
-        Request("x" * 999, 4, seen=pictures(2, video)),
-    ]
-    plain = VisionEngine(folder, "tiny", "float32", "cpu", 4, {})
-    expected = ask(plain, requests, SamplingSettings(8))
-    args = {"enforce_eager": True, "max_num_seqs": 4, "gpu_memory_utilization": 0.3}
-    media = {"video": 1} if video else {"image": 3}
-    engine = VllmEngine(folder, "tiny", "bfloat16", 1024, args, {}, media)
-    results = ask(engine, requests, SamplingSettings(8))
-    again = ask(engine, requests[::-1], SamplingSettings(8))[::-1]
-    engine.close()
-    for found, known in zip(results[:3], expected):
-        assert found.prompt_tokens == known.prompt_tokens
-        assert found.tokens > 0
-    assert results[0].text != results[1].text, "it looks at its frames"
-    assert [one.text for one in again[:3]] == [one.text for one in results[:3]]
-    assert [one.error for one in (results[3], expected[3])] == ["prompt_too_long"] * 2
-
-
 PLACES = 4  # tokens that pictures take
 
 
