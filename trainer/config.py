@@ -121,9 +121,34 @@ class TrainSettings(_Section):
     timesteps: Literal["auto", "uniform", "logit_normal"] = Field(
         "auto", description="density of timesteps; auto: logit_normal for flow, else uniform"
     )
-    min_snr_gamma: float | None = Field(
-        None, gt=0, description="min-SNR weighting of epsilon and v_prediction; 5 is usual"
+    timestep_mean: float = Field(
+        0.0, ge=-5, le=5, description="of logit_normal: its normal's; above 0: more noise"
     )
+    timestep_std: float = Field(1.0, gt=0, le=5, description="of logit_normal: its normal's")
+    shift: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="moves timesteps towards noise: 3 for SD3 and for Wan at 480p, 5 for Wan at "
+        "720p; 1: not at all",
+    )
+    shift_tokens: tuple[tuple[int, float], tuple[int, float]] | None = Field(
+        None,
+        description="the shift by the model's tokens of a clip, in place of `shift`: two pairs of "
+        "tokens and log(shift), on the line between them in between. Flux has [[256, 0.5], "
+        "[4096, 1.15]], LTX [[1024, 0.95], [4096, 2.05]]",
+    )
+    zero_terminal_snr: bool = Field(
+        False,
+        description="of v_prediction: the schedule's last step holds no signal, as sampling's "
+        "first (Lin 2023)",
+    )
+    loss_weight: Literal["none", "snr", "min_snr"] = Field(
+        "none",
+        description="of epsilon and v_prediction: the loss' factor in terms of x0's error over "
+        "the target's: snr, or min_snr, snr cut at min_snr_gamma (Hang 2023)",
+    )
+    min_snr_gamma: float | None = Field(None, gt=0, description="of min_snr; default: 5")
     caption_dropout: float = Field(
         0.1, ge=0, le=1, description="share of visits without caption, for guidance"
     )
@@ -160,11 +185,7 @@ class TrainSettings(_Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if self.objective == "flow" and self.min_snr_gamma is not None:
-            raise ValueError(
-                f"min_snr_gamma is {self.min_snr_gamma}, but flow matching has no SNR weighting: "
-                "leave it out, or set objective to epsilon or v_prediction"
-            )
+        self._check_objective()
         if self.captions and not any(self.captions.values()):
             raise ValueError(
                 f"captions is {self.captions}: one of the weights must be above 0, or leave it out"
@@ -175,6 +196,43 @@ class TrainSettings(_Section):
                 "caption a clip: leave captions out, or set text.kind to words or bytes"
             )
         return self
+
+    def _check_objective(self) -> None:
+        flow = self.objective == "flow"
+        if flow and self.loss_weight != "none":
+            raise ValueError(
+                f"loss_weight is {self.loss_weight}, but flow matching has no SNR weighting: set "
+                "it to none (timesteps logit_normal does what it is for), or objective to epsilon "
+                "or v_prediction"
+            )
+        if self.min_snr_gamma is not None and self.loss_weight != "min_snr":
+            instead = "leave it out" if flow else "set loss_weight to min_snr, or leave it out"
+            raise ValueError(
+                f"min_snr_gamma is {self.min_snr_gamma}, but loss_weight is {self.loss_weight}: "
+                f"{instead}"
+            )
+        if self.zero_terminal_snr and flow:
+            raise ValueError(
+                "zero_terminal_snr is set, but flow matching ends in pure noise anyway: leave it "
+                "out, or set objective to v_prediction"
+            )
+        if self.zero_terminal_snr and self.objective == "epsilon":
+            raise ValueError(
+                "zero_terminal_snr is set, but epsilon says nothing about the clip where there is "
+                "no signal: set objective to v_prediction, or leave it out"
+            )
+        if self.shift_tokens is None:
+            return
+        (few, _), (many, _) = self.shift_tokens
+        if not 0 < few < many:
+            raise ValueError(
+                f"shift_tokens is {[list(pair) for pair in self.shift_tokens]}: the first pair "
+                "must have fewer tokens than the second, and more than 0"
+            )
+        if self.shift != 1:
+            raise ValueError(
+                f"shift is {self.shift}, but shift_tokens says it too: leave one of them out"
+            )
 
     @property
     def density(self) -> Literal["uniform", "logit_normal"]:
@@ -191,6 +249,7 @@ class ModelConfig(_Section):
     text: TextSettings = Field(description="the text encoder's sizes")
     objective: Literal["epsilon", "v_prediction", "flow"] = Field(description="what it predicts")
     schedule: Literal["scaled_linear", "cosine"] = Field(description="its noise schedule")
+    zero_terminal_snr: bool = Field(False, description="whether that ends without any signal")
     shape: tuple[int, int, int, int] = Field(description="C, F, H, W of latents it was trained on")
     latents: dict[str, Any] = Field(description="their LatentSpec: VAE, shift, scale, sampling")
     embeddings: dict[str, Any] | None = Field(
@@ -211,6 +270,7 @@ class ModelConfig(_Section):
                 },
                 "objective": config.objective,
                 "schedule": config.schedule if config.objective != "flow" else None,
+                "zero_terminal_snr": config.zero_terminal_snr,
                 **{f"latents.{k}": config.latents[k] for k in names},
                 **{f"embeddings.{k}": (config.embeddings or {}).get(k) for k in texts},
             }

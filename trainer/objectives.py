@@ -22,25 +22,48 @@ from torch import Tensor
 Kind = Literal["epsilon", "v_prediction", "flow"]
 Schedule = Literal["scaled_linear", "cosine"]
 Density = Literal["uniform", "logit_normal"]
+Weighting = Literal["none", "snr", "min_snr"]
 
 TIMESTEPS = 1000  # of the schedules; a model is told t x TIMESTEPS whatever the objective
 
 
-def draw_time(density: Density, kind: Kind, generator: torch.Generator) -> Tensor:
-    """One time in (0, 1) as a float32 scalar; for a schedule, one of its steps k / TIMESTEPS.
+def draw_time(
+    density: Density, generator: torch.Generator, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
+    """One time in [0, 1), a float32 scalar.
 
-    logit_normal is the sigmoid of a standard normal (Esser 2024): more of the middle, where
-    flow matching is hard.
+    logit_normal is the sigmoid of a normal of `mean` and `std` (Esser 2024, SD3): more of the
+    middle, where flow matching is hard.
     """
     if density == "uniform":
-        time = torch.rand((), generator=generator)
-    else:
-        time = torch.sigmoid(torch.randn((), generator=generator))
-    return time if kind == "flow" else torch.floor(time * TIMESTEPS) / TIMESTEPS
+        return torch.rand((), generator=generator)
+    normal = torch.randn((), generator=generator)
+    return torch.sigmoid(mean + std * normal).clamp(max=1 - 2**-24)
+
+
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Times moved towards noise: shift t / (1 + (shift - 1) t) (Esser 2024, SD3, eq. 23).
+
+    More tokens say more of the picture at the same noise, so larger ones want more of it. It adds
+    log(shift) to the logit of t: Flux' e^mu / (e^mu + 1/t - 1) is shift = e^mu.
+    """
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def token_shift(tokens: int, low: tuple[int, float], high: tuple[int, float]) -> float:
+    """e^mu, mu on the line through two (tokens, mu), as Flux and LTX have it; flat beyond them, as
+    it was fitted to nothing there."""
+    share = (tokens - low[0]) / (high[0] - low[0])
+    return math.exp(low[1] + min(1.0, max(0.0, share)) * (high[1] - low[1]))
+
+
+def on_schedule(time: Tensor) -> Tensor:
+    """Times of a schedule: the step k / TIMESTEPS that each lies in."""
+    return torch.floor(time * TIMESTEPS).clamp(max=TIMESTEPS - 1) / TIMESTEPS
 
 
 @lru_cache
-def alphas_cumprod(schedule: Schedule) -> Tensor:
+def alphas_cumprod(schedule: Schedule, zero_terminal_snr: bool = False) -> Tensor:
     """The signal's share of the variance, a^2, at each of the TIMESTEPS steps: float64.
 
     scaled_linear: betas of Stable Diffusion, sqrt-linear from 0.00085 to 0.012.
@@ -53,15 +76,30 @@ def alphas_cumprod(schedule: Schedule) -> Tensor:
     else:
         level = torch.cos((steps / TIMESTEPS + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    if zero_terminal_snr:
+        betas = rescaled(betas)
     return torch.cumprod(1 - betas, 0)
 
 
-def path(kind: Kind, schedule: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
+def rescaled(betas: Tensor) -> Tensor:
+    """Betas whose last step has no signal left: algorithm 1 of Lin 2023 (arXiv 2305.08891).
+
+    The signal a is moved down and stretched: the last becomes 0, the first stays.
+    """
+    signal = torch.cumprod(1 - betas, 0).sqrt()
+    first, last = signal[0].clone(), signal[-1].clone()
+    level = ((signal - last) * first / (first - last)) ** 2
+    return 1 - torch.cat([level[:1], level[1:] / level[:-1]])
+
+
+def path(
+    kind: Kind, schedule: Schedule, time: Tensor, zero_terminal_snr: bool = False
+) -> tuple[Tensor, Tensor]:
     """The shares (a, s) of signal and noise at `time`, in its dtype and on its device."""
     if kind == "flow":
         return 1 - time, time
     steps = (time * TIMESTEPS).round().long().clamp(0, TIMESTEPS - 1)
-    level = alphas_cumprod(schedule).to(time.device)[steps]
+    level = alphas_cumprod(schedule, zero_terminal_snr).to(time.device)[steps]
     return level.sqrt().to(time.dtype), (1 - level).sqrt().to(time.dtype)
 
 
@@ -88,16 +126,21 @@ def resolve(kind: Kind, x: Tensor, output: Tensor, a: Tensor, s: Tensor) -> tupl
     return a * x - s * output, s * x + a * output
 
 
-def weight(kind: Kind, a: Tensor, s: Tensor, min_snr_gamma: float | None = None) -> Tensor:
-    """The weight of each clip's loss: 1, or min-SNR's (Hang 2023).
+def weight(
+    kind: Kind, a: Tensor, s: Tensor, weighting: Weighting = "none", gamma: float = 5.0
+) -> Tensor:
+    """The factor (B,) of each clip's loss, whose error is that of the target.
 
-    It is min(SNR, gamma) in terms of x0's error, so divided by SNR for epsilon and by SNR + 1 for
-    v_prediction.
+    In terms of x0's error, `snr` is SNR = a^2 / s^2, and `min_snr` min(SNR, gamma) (Hang 2023).
+    The error of epsilon is SNR times that of x0, v's SNR + 1 times: so they are divided by it.
+    With zero terminal SNR both are 0 at the last step of v, where x0 alone is asked for.
     """
-    if min_snr_gamma is None or kind == "flow":
+    if weighting == "none" or kind == "flow":
         return torch.ones_like(a)
     snr = (a / s) ** 2
-    return snr.clamp(max=min_snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+    if kind == "epsilon":
+        return torch.ones_like(a) if weighting == "snr" else (gamma / snr).clamp(max=1)
+    return (snr if weighting == "snr" else snr.clamp(max=gamma)) / (snr + 1)
 
 
 def losses(output: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def sample(
     """Normalised latents of the prompts: (prompts, C, F, H, W) float32. Each prompt's noise
     depends on the seed alone, so they can be compared. `encoder` and `tokenizer` are those of
     stored embeddings (`trainer.prompts`)."""
-    kind, schedule = config.objective, config.schedule
+    kind = config.objective
     noise = torch.randn(config.shape, generator=torch.Generator().manual_seed(seed))
     x = torch.stack([noise] * len(prompts)).to(device)
     text = text_of([*prompts, *[""] * len(prompts)], config, device, encoder, tokenizer)
@@ -72,21 +72,23 @@ def sample(
         both = model(torch.cat([x, x]), time.expand(2 * len(x)), text).float()
         with_text, without = both.chunk(2)
         output = without + guidance * (with_text - without)
-        a, s = objectives.path(kind, schedule, time.expand(len(x)))
+        a, s = path(config, time.expand(len(x)))
         x0, eps = objectives.resolve(kind, x, output, a, s)
         if following == 0:
             return x0
-        x = objectives.add_noise(
-            x0, eps, *objectives.path(kind, schedule, following.expand(len(x)))
-        )
+        x = objectives.add_noise(x0, eps, *path(config, following.expand(len(x))))
     return x
+
+
+def path(config: ModelConfig, time: Tensor) -> tuple[Tensor, Tensor]:
+    return objectives.path(config.objective, config.schedule, time, config.zero_terminal_snr)
 
 
 def sampling_times(config: ModelConfig, steps: int) -> Tensor:
     """`steps` + 1 times from noise to data, evenly apart, the last one 0."""
     if config.objective == "flow":
         return torch.linspace(1, 0, steps + 1)
-    signal = objectives.alphas_cumprod(config.schedule).sqrt()
+    signal = objectives.alphas_cumprod(config.schedule, config.zero_terminal_snr).sqrt()
     usable = int((signal >= FAINTEST).sum()) if config.objective == "epsilon" else len(signal)
     return torch.linspace((usable - 1) / objectives.TIMESTEPS, 0, steps + 1)
 

@@ -8,6 +8,7 @@ checkpoint in `output`, bit for bit on the same machine and number of processes.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -34,7 +35,8 @@ from trainer.models import Text, build, tokenise
 
 # Noise makes gradients noisy, and runs of a few hundred steps are over before 0.999 has settled.
 BETAS = (0.9, 0.99)
-ECHO_SECONDS = 10.0
+MIN_SNR_GAMMA = 5.0  # Hang 2023's own choice
+ECHO_SECONDS = 10.0  # for which a second signal is the first one's
 
 ABOUT = "Trains a video model on the latents of an index, from the newest checkpoint on."
 
@@ -63,6 +65,7 @@ def train(settings: TrainSettings) -> Path:
         text=settings.text,
         objective=settings.objective,
         schedule=settings.schedule,
+        zero_terminal_snr=settings.zero_terminal_snr,
         shape=loader.shape,
         latents=index.spec.to_json(),
         embeddings=loader.embeddings and loader.embeddings.spec.to_json(),
@@ -184,22 +187,33 @@ def clip_losses(
     kind, seed = settings.objective, settings.seed
     visits = list(zip(batch.epochs, batch.clip_ids))
     x0 = batch.latents(device)
-    time = torch.stack(
-        [
-            objectives.draw_time(settings.density, kind, keyed("time", seed, epoch, clip))
-            for epoch, clip in visits
-        ]
-    ).to(device)
+    time = draw_times(settings, visits, math.prod(x0.shape[2:])).to(device)
     noise = torch.empty_like(x0)
     for row, (epoch, clip) in zip(noise, visits):
         row.normal_(generator=keyed("noise", seed, epoch, clip, str(device)))
 
-    a, s = objectives.path(kind, settings.schedule, time)
+    a, s = objectives.path(kind, settings.schedule, time, settings.zero_terminal_snr)
     text = text_of(batch, settings, device)
     output = model(objectives.add_noise(x0, noise, a, s), time, text)
     wanted = objectives.target(kind, x0, noise, a, s)
-    weights = objectives.weight(kind, a, s, settings.min_snr_gamma)
+    gamma = settings.min_snr_gamma or MIN_SNR_GAMMA
+    weights = objectives.weight(kind, a, s, settings.loss_weight, gamma)
     return objectives.losses(output, wanted, weights)
+
+
+def draw_times(settings: TrainSettings, visits: Sequence[tuple[int, str]], cells: int) -> Tensor:
+    """The time of each visit (B,): of clips of `cells` frames x rows x columns of latents."""
+    shift = settings.shift
+    if settings.shift_tokens is not None:
+        tokens = cells // math.prod(settings.model.patch)
+        shift = objectives.token_shift(tokens, *settings.shift_tokens)
+    mean, std = settings.timestep_mean, settings.timestep_std
+    times = [
+        objectives.draw_time(settings.density, keyed("time", settings.seed, epoch, clip), mean, std)
+        for epoch, clip in visits
+    ]
+    time = objectives.shifted(torch.stack(times), shift)
+    return time if settings.objective == "flow" else objectives.on_schedule(time)
 
 
 def text_of(batch: Batch, settings: TrainSettings, device: torch.device) -> Text:

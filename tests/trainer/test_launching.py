@@ -77,21 +77,6 @@ def free_port() -> int:
 # ---------------------------------------------------------------------------- two processes
 
 
-def test_two_processes_train_what_one_trains_of_larger_batches(
-    make_index: Any, settings_of: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    made = make_index()
-    same = {"steps": 6, "save_every": 6, "log_every": 1, "caption_dropout": 0.5}
-    told = []
-    for name, size, processes in (("one", 4, 1), ("two", 2, 2)):
-        settings = settings_of(made, output=str(tmp_path / name), batch_size=size, **same)
-        assert run(settings, processes) == 0
-        found = re.findall(r"step .* loss (\S+) .* grad (\S+) ", capfd.readouterr().err)
-        told.append([float(value) for pair in found for value in pair])
-    assert len(told[0]) == 12
-    assert told[0] == pytest.approx(told[1], rel=1e-3)
-
-
 def test_two_processes_that_are_killed_go_on_bit_for_bit(
     make_index: Any, settings_of: Any, tmp_path: Path
 ) -> None:

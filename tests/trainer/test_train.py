@@ -60,13 +60,20 @@ def test_a_run_in_two_parts_is_bit_for_bit_one(
     assert weights(whole)["unembed.weight"].any()
 
 
-@pytest.mark.parametrize("objective", ["flow", "epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"objective": "flow", "shift": 2.0},
+        {"objective": "epsilon"},
+        {"objective": "v_prediction", "zero_terminal_snr": True, "loss_weight": "min_snr"},
+    ],
+)
 def test_a_few_clips_are_learnt(
-    objective: str, make_index: Any, settings_of: Any, capsys: pytest.CaptureFixture[str]
+    objective: dict[str, Any], make_index: Any, settings_of: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = make_index(sizes=(4,), mean=lambda i: (-3.0, -1.0, 1.0, 3.0)[i])
     values = {"steps": 60, "log_every": 20, "save_every": 60, "batch_size": 8}
-    train(settings_of(made, objective=objective, learning_rate=1e-2, **values))
+    train(settings_of(made, learning_rate=1e-2, **objective, **values))
     first, _, last = (float(loss) for loss in losses(capsys.readouterr().err).values())
     assert last < 0.7 * first
 
@@ -96,6 +103,17 @@ def test_what_a_run_leaves(
     # Again there is nothing left to train, and nothing changes.
     assert run_main(settings, tmp_path) == 0
     assert "steps 4 to 4" in capsys.readouterr().err
+
+
+def test_times_are_shifted_by_the_tokens_of_a_clip(make_index: Any, settings_of: Any) -> None:
+    made, visits = make_index(sizes=(1,)), [(0, "a"), (3, "b")]
+    plain = training.draw_times(settings_of(made), visits, 4 * 4 * 4)
+    shift_tokens = [[2, 0.0], [8, 1.0]]  # of a patch of 2 x 2 x 2
+    for cells, mu in ((5 * 8, 0.5), (80 * 8, 1.0)):
+        moved = training.draw_times(settings_of(made, shift_tokens=shift_tokens), visits, cells)
+        torch.testing.assert_close(torch.logit(moved), torch.logit(plain) + mu)
+    steps = training.draw_times(settings_of(made, objective="epsilon"), visits, 64) * 1000
+    assert torch.equal(steps, steps.round())
 
 
 def test_the_rate_rises_and_stays(make_index: Any, settings_of: Any) -> None:

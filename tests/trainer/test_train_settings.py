@@ -40,7 +40,24 @@ def test_schedules_draw_times_evenly_unless_told(objective: str) -> None:
         ({"learning_rate": float("inf")}, ["train.learning_rate", "finite"]),
         ({"model": {"width": 100, "heads": 3}}, ["train.model: width 100", "6"]),
         ({"model": {"patch": [1, 0, 2]}}, ["patch [1, 0, 2]"]),
-        ({"min_snr_gamma": 5}, ["min_snr_gamma is 5.0", "epsilon or v_prediction"]),
+        ({"loss_weight": "min_snr"}, ["loss_weight is min_snr", "epsilon or v_prediction"]),
+        ({"loss_weight": "snr"}, ["loss_weight is snr", "logit_normal"]),
+        ({"min_snr_gamma": 5}, ["min_snr_gamma is 5.0", "leave it out"]),
+        (
+            {"objective": "epsilon", "min_snr_gamma": 5},
+            ["min_snr_gamma is 5.0", "set loss_weight to min_snr"],
+        ),
+        (
+            {"objective": "epsilon", "zero_terminal_snr": True},
+            ["zero_terminal_snr", "set objective to v_prediction"],
+        ),
+        ({"zero_terminal_snr": True}, ["zero_terminal_snr", "pure noise anyway", "v_prediction"]),
+        ({"shift": 0}, ["train.shift is 0: it must be greater than 0"]),
+        (
+            {"shift": 3, "shift_tokens": [[256, 0.5], [4096, 1.15]]},
+            ["shift is 3.0, but shift_tokens says it too"],
+        ),
+        ({"shift_tokens": [[9, 1], [9, 2]]}, ["shift_tokens is [[9, 1.0], [9, 2.0]]", "fewer"]),
         ({"expect": {"size": "big"}}, ["train.expect.height", "train.expect.width"]),
     ],
 )
