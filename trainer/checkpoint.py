@@ -16,10 +16,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from trainer import models
 from trainer.config import ModelConfig
+from trainer.lora import is_adapter
 from trainer.order import Position
 
 STATE = "trainer.json"
@@ -114,7 +115,7 @@ def restore(accelerator: Accelerator, checkpoint: Checkpoint, config: ModelConfi
             f"{checkpoint.folder} holds another model than train describes: {'; '.join(wrong)}. "
             "Set train.output to a new folder, or put the settings back"
         )
-    accelerator.load_state(str(checkpoint.folder))
+    accelerator.load_state(str(checkpoint.folder), strict=not models.adapted(config))
     # It counts forward passes since ever; a checkpoint lies between two steps, and the number of
     # passes to a step may have changed.
     accelerator.step = 0
@@ -128,10 +129,15 @@ def export(accelerator: Accelerator, model: nn.Module, config: ModelConfig, fold
         part = folder.with_name(folder.name + PART)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        models.save(state, config, part)
+        models.save(accelerator.unwrap_model(model), state, config, part)
         _remove(folder)
         part.rename(folder)
     accelerator.wait_for_everyone()
+
+
+def adapters_only(weights: list[dict[str, Tensor]]) -> None:
+    """Leaves of the states to be saved the adapters alone: the rest is as it came."""
+    weights[:] = [{k: v for k, v in state.items() if is_adapter(k)} for state in weights]
 
 
 def _steps(output: Path) -> list[int]:

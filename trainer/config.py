@@ -9,42 +9,35 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from trainer.sections import (
+    MODELS,
+    DiTSettings,
+    FamilySettings,
+    LoraSettings,
+    Model,
+    Section,
+    SettingsError,
+)
 
-class SettingsError(Exception):
-    """The settings cannot be used: the message names the key, its value and what is allowed."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DiTSettings(_Section):
-    """The small video DiT of `trainer.models`."""
-
-    kind: Literal["dit"] = Field("dit", description="the model's family")
-    width: int = Field(128, ge=16, le=8192, description="channels of a token")
-    depth: int = Field(4, ge=1, le=128, description="transformer blocks")
-    heads: int = Field(4, ge=1, le=128, description="attention heads; they divide width")
-    patch: tuple[int, int, int] = Field(
-        (4, 2, 2), description="latent frames, rows and columns that make one token"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads}"
-            )
-        if min(self.patch) < 1:
-            raise ValueError(f"patch {list(self.patch)} must be three numbers of at least 1")
-        return self
+__all__ = [
+    "DiTSettings",
+    "Expect",
+    "FamilySettings",
+    "LoraSettings",
+    "ModelConfig",
+    "SettingsError",
+    "TextSettings",
+    "TrainSettings",
+    "load_settings",
+    "parse_settings",
+]
 
 
-class TextSettings(_Section):
+class TextSettings(Section):
     """What the model is told of captions: by an encoder trained with it, or by stored ones."""
 
     kind: Literal["words", "bytes", "stored"] = Field(
@@ -58,7 +51,7 @@ class TextSettings(_Section):
     buckets: int = Field(8192, ge=256, le=2**22, description="rows of the table of hashed words")
 
 
-class Expect(_Section):
+class Expect(Section):
     """What latents and text embeddings must have been made with; what is left out is not checked.
     `size`, a side or [height, width], stands for both."""
 
@@ -92,7 +85,7 @@ class Expect(_Section):
         return values
 
 
-class TrainSettings(_Section):
+class TrainSettings(Section):
     """Everything that decides a training run."""
 
     index: str = Field(description="URL of the index that `vidpipe run` writes")
@@ -110,6 +103,10 @@ class TrainSettings(_Section):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, else no"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="computes activations twice rather than keep them: less memory, slower"
+    )
+    compile: bool = Field(False, description="compiles the model (torch.compile), per shape")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, noise and dropout")
 
     objective: Literal["epsilon", "v_prediction", "flow"] = Field(
@@ -179,7 +176,7 @@ class TrainSettings(_Section):
     log_every: int = Field(10, ge=1, description="steps between lines on the console")
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
 
-    model: DiTSettings = Field(default_factory=DiTSettings, description="the model")
+    model: Model = Field(default_factory=DiTSettings, description="the model")
     text: TextSettings = Field(default_factory=TextSettings, description="the captions")
     expect: Expect = Field(default_factory=Expect, description="checks against the index")
 
@@ -242,10 +239,10 @@ class TrainSettings(_Section):
         return self.timesteps
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """What a saved model is, beside its weights: `config.json` of a checkpoint and of an export."""
 
-    model: DiTSettings = Field(description="the model's sizes")
+    model: Model = Field(description="the model's family and sizes")
     text: TextSettings = Field(description="the text encoder's sizes")
     objective: Literal["epsilon", "v_prediction", "flow"] = Field(description="what it predicts")
     schedule: Literal["scaled_linear", "cosine"] = Field(description="its noise schedule")
@@ -256,13 +253,18 @@ class ModelConfig(_Section):
         None, description="the TextSpec of stored embeddings: encoder, width, length"
     )
 
+    arch: dict[str, Any] | None = Field(
+        None, description="of a network of diffusers: its own config.json"
+    )
+
     def differences(self, other: ModelConfig) -> list[str]:
         """Why weights of `other` do not fit: "model.width is 128, not 256". Empty: they do."""
         names = ("vae_sha256", "channels", "shift", "scale")
         texts = ("encoder_sha256", "width", "padding")
         ours, theirs = (
             {
-                **{f"model.{k}": v for k, v in config.model},
+                **_named(config.model),
+                **{f"model.config.{k}": v for k, v in (config.arch or {}).items()},
                 **{
                     f"text.{k}": v
                     for k, v in config.text
@@ -279,6 +281,15 @@ class ModelConfig(_Section):
         keys = dict.fromkeys([*ours, *theirs])
         pairs = {key: (ours.get(key), theirs.get(key)) for key in keys}
         return [f"{key} is {one}, not {two}" for key, (one, two) in pairs.items() if one != two]
+
+
+def _named(model: DiTSettings | FamilySettings) -> dict[str, Any]:
+    """What of a model's settings decides which weights fit, by their keys."""
+    values = {k: v for k, v in model if k not in ("config", "first_frame", "lora")}
+    lora = getattr(model, "lora", None)
+    if lora is not None:
+        values |= {"lora.rank": lora.rank, "lora.scale": lora.scale, "lora.targets": lora.targets}
+    return {f"model.{k}": v for k, v in values.items()}
 
 
 def load_settings(path: str | Path) -> TrainSettings:
@@ -302,7 +313,8 @@ def parse_settings(values: Any) -> TrainSettings:
 
 def _sentence(error: dict[str, Any]) -> str:
     *parents, key = [str(part) for part in error["loc"]] or [""]
-    name = ".".join(["train", *parents, key]).rstrip(".")
+    named = [part for part in (*parents, key) if part not in MODELS]
+    name = ".".join(["train", *named]).rstrip(".")
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "extra_forbidden":
         allowed = list(_fields(parents))
@@ -310,7 +322,7 @@ def _sentence(error: dict[str, Any]) -> str:
         guess = f"did you mean {near[0]}? " if near else ""
         return f"{name} is unknown: {guess}allowed are {', '.join(allowed)}"
     if error["type"] == "missing":
-        return f"{name} is missing: {TrainSettings.model_fields[key].description}"
+        return f"{name} is missing: {_fields(parents)[key].description}"
     if error["type"] == "value_error":
         return f"{name}: {reason}"
     return f"{name} is {json.dumps(error['input'], default=str)}: it must be {reason}"
@@ -320,5 +332,10 @@ def _fields(parents: list[str]) -> dict[str, Any]:
     """The fields of the section that the keys `parents` lead to."""
     section: type[BaseModel] = TrainSettings
     for part in parents:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
+        if part in MODELS:
+            section = MODELS[part]
+        elif part != "model":
+            annotation = section.model_fields[part].annotation
+            inner = [one for one in get_args(annotation) if one is not type(None)]
+            section = inner[0] if inner else annotation  # type: ignore[assignment]
     return dict(section.model_fields)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,11 +27,18 @@ from manifests.redact import redact_logs, shown
 from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
 from trainer import objectives
-from trainer.checkpoint import CheckpointError
-from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
+from trainer.checkpoint import CheckpointError, adapters_only
+from trainer.config import (
+    FamilySettings,
+    ModelConfig,
+    SettingsError,
+    TrainSettings,
+    load_settings,
+)
 from trainer.data import Batch, Loader
+from trainer.families import Family
 from trainer.keys import keyed
-from trainer.models import Text, build, tokenise
+from trainer.models import Text, VideoDiT, adapted, build, tokenise
 
 # Noise makes gradients noisy, and runs of a few hundred steps are over before 0.999 has settled.
 BETAS = (0.9, 0.99)
@@ -39,6 +47,18 @@ MIN_SNR_GAMMA = 5.0  # Hang 2023's own choice
 
 
 ABOUT = "Trains a video model on the latents of an index, from the newest checkpoint on."
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the loss must know of a model, which may stand inside others by then."""
+
+    cells: int  # of latents, that make one token
+    clean_frame: bool  # a first frame that is told has no noise, and no loss
+
+    @classmethod
+    def of(cls, model: VideoDiT | Family) -> Traits:
+        return cls(math.prod(model.patch), isinstance(model, Family) and model.clean_frame)
 
 
 class Diverged(Exception):
@@ -72,7 +92,18 @@ def train(settings: TrainSettings) -> Path:
     )
     set_seed(settings.seed)
     model = build(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(model, Family):
+        config = config.model_copy(update={"arch": model.config})
+        for shape in loader.order.shapes:
+            model.check_shape((index.spec.channels, *shape[1:]))
+        if adapted(config):
+            accelerator.register_save_state_pre_hook(lambda _, w, __: adapters_only(w))
+    traits = Traits.of(model)
+    if settings.gradient_checkpointing:
+        model.checkpoint()
+    if settings.compile:
+        model.compile()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     groups = decayed(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, BETAS)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -107,7 +138,7 @@ def train(settings: TrainSettings) -> Path:
                 with meter.waiting():
                     batch = next(batches)
                 with accelerator.accumulate(model):
-                    losses = clip_losses(model, batch, settings, device)
+                    losses = clip_losses(model, batch, settings, device, traits)
                     everyones, stopped = share(accelerator, losses, stop.is_set())
                     check_finite(everyones, losses, batch, step)
                     accelerator.backward(losses.mean())
@@ -168,7 +199,7 @@ def start(settings: TrainSettings) -> Accelerator:
 
 def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices, which decay, and vectors (biases, norms), which do not."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -181,31 +212,53 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 
 def clip_losses(
-    model: nn.Module, batch: Batch, settings: TrainSettings, device: torch.device
+    model: nn.Module,
+    batch: Batch,
+    settings: TrainSettings,
+    device: torch.device,
+    traits: Traits,
 ) -> Tensor:
     """The loss of each clip (B,), its time and noise keyed on the visit."""
     kind, seed = settings.objective, settings.seed
     visits = list(zip(batch.epochs, batch.clip_ids))
     x0 = batch.latents(device)
-    time = draw_times(settings, visits, math.prod(x0.shape[2:])).to(device)
+    time = draw_times(settings, visits, math.prod(x0.shape[2:]) // traits.cells).to(device)
     noise = torch.empty_like(x0)
     for row, (epoch, clip) in zip(noise, visits):
         row.normal_(generator=keyed("noise", seed, epoch, clip, str(device)))
 
     a, s = objectives.path(kind, settings.schedule, time, settings.zero_terminal_snr)
     text = text_of(batch, settings, device)
-    output = model(objectives.add_noise(x0, noise, a, s), time, text)
+    picture = first_frames(batch, settings, device)
+    output = model(objectives.add_noise(x0, noise, a, s), time, text, *picture)
     wanted = objectives.target(kind, x0, noise, a, s)
     gamma = settings.min_snr_gamma or MIN_SNR_GAMMA
     weights = objectives.weight(kind, a, s, settings.loss_weight, gamma)
-    return objectives.losses(output, wanted, weights)
+    counted = None
+    if picture and traits.clean_frame:
+        counted = torch.ones_like(x0[:, :1])
+        counted[picture[1], :, 0] = 0
+    return objectives.losses(output, wanted, weights, counted)
 
 
-def draw_times(settings: TrainSettings, visits: Sequence[tuple[int, str]], cells: int) -> Tensor:
-    """The time of each visit (B,): of clips of `cells` frames x rows x columns of latents."""
+def first_frames(
+    batch: Batch, settings: TrainSettings, device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[()]:
+    """The first frames of the batch and which clips are told theirs; () where the run has none."""
+    first = batch.first_frames(device)
+    if first is None or not isinstance(settings.model, FamilySettings):
+        return ()
+    chances = [
+        torch.rand((), generator=keyed("told", settings.seed, epoch, clip))
+        for epoch, clip in zip(batch.epochs, batch.clip_ids)
+    ]
+    return first, (torch.stack(chances) < settings.model.first_frame).to(device)
+
+
+def draw_times(settings: TrainSettings, visits: Sequence[tuple[int, str]], tokens: int) -> Tensor:
+    """The time of each visit (B,): of clips of so many tokens."""
     shift = settings.shift
     if settings.shift_tokens is not None:
-        tokens = cells // math.prod(settings.model.patch)
         shift = objectives.token_shift(tokens, *settings.shift_tokens)
     mean, std = settings.timestep_mean, settings.timestep_std
     times = [

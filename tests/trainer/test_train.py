@@ -107,10 +107,10 @@ def test_what_a_run_leaves(
 
 def test_times_are_shifted_by_the_tokens_of_a_clip(make_index: Any, settings_of: Any) -> None:
     made, visits = make_index(sizes=(1,)), [(0, "a"), (3, "b")]
-    plain = training.draw_times(settings_of(made), visits, 4 * 4 * 4)
-    shift_tokens = [[2, 0.0], [8, 1.0]]  # of a patch of 2 x 2 x 2
-    for cells, mu in ((5 * 8, 0.5), (80 * 8, 1.0)):
-        moved = training.draw_times(settings_of(made, shift_tokens=shift_tokens), visits, cells)
+    plain = training.draw_times(settings_of(made), visits, 8)
+    shift_tokens = [[2, 0.0], [8, 1.0]]
+    for tokens, mu in ((5, 0.5), (80, 1.0)):
+        moved = training.draw_times(settings_of(made, shift_tokens=shift_tokens), visits, tokens)
         torch.testing.assert_close(torch.logit(moved), torch.logit(plain) + mu)
     steps = training.draw_times(settings_of(made, objective="epsilon"), visits, 64) * 1000
     assert torch.equal(steps, steps.round())
