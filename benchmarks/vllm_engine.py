@@ -1,13 +1,17 @@
 """Rewrites of made captions by the demo's captioner through the vllm engine, against vLLM's own
 offline run of the same prompts in the same process; then with the engine's process killed amid.
-On a CPU: a build of vLLM for it, with HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1
-VLLM_CPU_OMP_THREADS_BIND=nobind."""
+Then through the openai engine over vLLM's server, against the same requests to the same server by
+as many loops that do nothing but ask. On a CPU: as `make test-vllm` installs it, with
+HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,12 @@ from benchmarks.figures import report
 from stages.base import Context
 from stages.demo.shapes import caption, scene
 from stages.engines.base import Answer, Request, SamplingSettings, ask, encode
+from stages.engines.openai import OpenAIEngine, chat_url, read_answer
 from stages.engines.vllm import VllmEngine
 from stages.recaption import Recaption, RecaptionSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "stages" / "on_vllm"))
+from serving import NAME, Server
 
 SAMPLING = SamplingSettings(max_tokens=96)
 ARGS = {"enforce_eager": True, "max_num_seqs": 16, "gpu_memory_utilization": 0.3}
@@ -55,6 +63,79 @@ def killed(engine: VllmEngine, requests: list[Request], kills: int) -> tuple[flo
     return took, [results.get(number) for number in range(len(requests))], twice
 
 
+def against(
+    other: str, rate: float, texts: list[str], results: list[Any], took: float
+) -> tuple[str, str]:
+    """The figure: tokens/s of ours over those of another, and how many captions are equal."""
+    ours = sum(r.tokens or 0 for r in results if isinstance(r, Answer)) / took
+    same = sum(isinstance(r, Answer) and r.text == t for r, t in zip(results, texts))
+    share = f"{ours / rate:.3f} of it; {same} captions the same"
+    return (
+        f"{len(texts)} rewrites, output tokens/s",
+        f"{other} {rate:.0f}, vidpipe {ours:.0f}: {share}",
+    )
+
+
+async def bare(url: str, requests: list[Request], at_once: int) -> tuple[float, list[Answer]]:
+    """Seconds and answers of that many loops that take the next request, ask, and read."""
+    import aiohttp
+
+    waiting = iter(list(enumerate(requests)))
+    answers: dict[int, Answer] = {}
+
+    async def loop(session: aiohttp.ClientSession) -> None:
+        for number, request in waiting:
+            question = {
+                "model": NAME,
+                "messages": [{"role": "user", "content": request.prompt}],
+                "max_tokens": SAMPLING.max_tokens,
+                "temperature": 0.0,
+                "seed": request.seed,
+            }
+            async with session.post(chat_url(url), json=question) as response:
+                answers[number] = read_answer(await response.read())
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        began = time.perf_counter()
+        await asyncio.gather(*(loop(session) for _ in range(at_once)))
+        took = time.perf_counter() - began
+    return took, [answers[number] for number in range(len(requests))]
+
+
+def served(requests: list[Request], args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Over one server; the connections and the limit of ours are warm, as amid a run."""
+    rows: list[tuple[str, str]] = []
+    server = Server(Path(tempfile.mkdtemp()) / "log")
+    began = time.perf_counter()
+    server.start()
+    rows.append(("start of the server", f"{time.perf_counter() - began:.0f} s"))
+    engine = OpenAIEngine(
+        [server.url],
+        model=NAME,
+        label=NAME,
+        key=None,
+        concurrency=args.concurrency,
+        timeout=120.0,
+        retries=0,
+        backoff=1.0,
+        template_args={},
+    )
+    try:
+        ask(engine, requests, SAMPLING)
+        for _ in range(args.times):
+            alone, answers = asyncio.run(bare(server.url, requests, args.concurrency))
+            began = time.perf_counter()
+            results = ask(engine, requests, SAMPLING)
+            took = time.perf_counter() - began
+            texts = [answer.text for answer in answers]
+            rate = sum(answer.tokens or 0 for answer in answers) / alone
+            rows.append(against("bare loops", rate, texts, results, took))
+    finally:
+        engine.close()
+        server.kill()
+    return rows
+
+
 def measure(args: argparse.Namespace) -> list[tuple[str, str]]:
     folder = Path(stages.__file__).parent / "demo" / "captioner"
     began = time.perf_counter()
@@ -73,23 +154,14 @@ def measure(args: argparse.Namespace) -> list[tuple[str, str]]:
         began = time.perf_counter()
         answers = ask(engine, requests, SAMPLING)
         took = time.perf_counter() - began
-        written = sum(a.tokens or 0 for a in answers if isinstance(a, Answer))
-        same = sum(isinstance(a, Answer) and a.text == t for a, t in zip(answers, texts))
-        rates = tokens / alone, written / took
-        rows.append(
-            (
-                f"{args.rewrites} rewrites, output tokens/s",
-                f"vLLM {rates[0]:.0f}, vidpipe {rates[1]:.0f}: {rates[1] / rates[0]:.3f} of it; "
-                f"{same} captions the same",
-            )
-        )
+        rows.append(against("vLLM", tokens / alone, texts, answers, took))
     took, results, twice = killed(engine, requests, args.kills)
     same = sum(isinstance(a, Answer) and a.text == t for a, t in zip(results, texts))
     lost = results.count(None)
     told = f"{took:.0f} s, {lost} lost, {twice} twice, {same} captions as without"
     rows.append((f"the engine killed {args.kills} times", told))
     engine.close()
-    return rows
+    return rows + served(requests, args)
 
 
 if __name__ == "__main__":
@@ -100,5 +172,6 @@ if __name__ == "__main__":
             "--rewrites": {"type": int, "default": 500},
             "--times": {"type": int, "default": 3},
             "--kills": {"type": int, "default": 5},
+            "--concurrency": {"type": int, "default": 16, "help": "requests at once to the server"},
         },
     )

@@ -78,13 +78,18 @@ class Commit:
     seconds: dict[str, float] = field(default_factory=dict)
     created: float = 0.0
     voids: list[str] = field(default_factory=list)
+    # What the stage counted for these rows: tokens. Commits of before have none.
+    amounts: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         return json.dumps(self.values(), sort_keys=True).encode()
 
     def values(self) -> dict[str, Any]:
         """As `from_values` takes them."""
-        return {**vars(self), "counts": vars(self.counts)}
+        values = {**vars(self), "counts": vars(self.counts)}
+        if not self.amounts:
+            del values["amounts"]  # as commits were before there were any
+        return values
 
     @classmethod
     def from_json(cls, data: bytes) -> Commit:
@@ -236,6 +241,7 @@ class Log:
         table: pa.Table | None,
         seconds: Mapping[str, float] = {},
         voids: Sequence[str] = (),
+        amounts: Mapping[str, int] = {},
     ) -> Commit | None:
         """Commits `table` as number `seq`; None if somebody else already has, with nothing left
         behind."""
@@ -246,7 +252,7 @@ class Log:
             sha256, length = self.store.write_parquet(f"{self.prefix}/{unit}/{data}", table)
         commit = Commit(
             seq, attempt, inputs, counts, data, sha256, length, rows,
-            dict(seconds), time.time(), list(voids),
+            dict(seconds), time.time(), list(voids), dict(amounts),
         )  # fmt: skip
         if self.store.create(f"{self.prefix}/{unit}/{seq:06d}.json", commit.to_json()):
             if table is not None:

@@ -347,10 +347,13 @@ class ShardFile:
             raise ShardError(
                 f"shard {self.name} is missing from {self.workdir}: {advice}"
             ) from error
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ShardError(
-                f"shard {self.name} in {self.workdir} is damaged: {error}; {advice}"
-            ) from error
+        except Exception as error:  # each driver has exceptions of its own
+            # Arrow says of what it can't parse that it is an OSError, of no number.
+            if isinstance(error, pa.ArrowInvalid) or (type(error) is OSError and not error.errno):
+                told = f"shard {self.name} in {self.workdir} is damaged: {error}; {advice}"
+                raise ShardError(told) from error
+            where = f"{self.workdir}/{self.name}"
+            raise ShardError(str(unusable(error, "read", where))) from error
 
 
 def read_latents(

@@ -10,18 +10,19 @@ from manifests.log import Counts
 from manifests.sources import read
 from manifests.view import SOURCE_LAYER
 from pipeline.dag import Pipeline
-from pipeline.plan import status, worth_retry
-from pipeline.report import describe
+from pipeline.plan import status_and_amounts, worth_retry
+from pipeline.report import describe, money
 
 
 def account(pipeline: Pipeline) -> dict[str, Any]:
     """`{"workdir", "stages": [{"name", "fingerprint", "state", "in", "kept", "rejected": {reason:
-    n}, "failed": {class: n}, "worth_retry", "pending"}]}`, the source first. `worth_retry`: of the
-    failed rows those that may come through as things are.
+    n}, "failed": {class: n}, "worth_retry", "pending", "amounts": {what: n}, "cost"}]}`, the source
+    first. `worth_retry`: of the failed rows those that may come through as things are. `amounts`:
+    what the stage counted in all its runs under these settings; `cost`: that in money, or null.
 
     `in == kept + Σrejected + Σfailed + pending` in each, at any moment.
     """
-    totals = status(pipeline)
+    totals, amounts = status_and_amounts(pipeline)
     worth = worth_retry(pipeline, totals)
     if last_scan(pipeline.store) is None:
         # Nothing has run: the rows are counted, so that all of them show as pending.
@@ -40,10 +41,29 @@ def account(pipeline: Pipeline) -> dict[str, Any]:
                 "failed": dict(sorted(counts.failed.items())),
                 "worth_retry": worth.get(name, 0),
                 "pending": counts.pending,
+                "amounts": dict(sorted(amounts[name].items())),
+                "cost": _cost(pipeline, name, amounts[name]),
             }
             for name, counts in totals.items()
         ],
     }
+
+
+def _cost(pipeline: Pipeline, name: str, amounts: Mapping[str, int]) -> float | None:
+    return pipeline.stages[name].cost(amounts) if amounts and name in pipeline.stages else None
+
+
+def spent(name: str, amounts: Mapping[str, int], cost: float | None) -> str:
+    """`recaption: 31,200 tokens, 812,000 prompt tokens (73% cached), cost 0.14`; empty where the
+    stage counted none."""
+    if not amounts.get("tokens"):
+        return ""
+    prompt = amounts.get("prompt_tokens", 0)
+    cached = amounts.get("cached_tokens", 0)
+    read = f", {prompt:,} prompt tokens" if prompt else ""
+    share = f" ({cached / prompt:.0%} cached)" if prompt and cached else ""
+    price = "" if cost is None else f", cost {money(cost)}"
+    return f"{name}: {amounts['tokens']:,} tokens{read}{share}{price}"
 
 
 def summary(pipeline: Pipeline, totals: Mapping[str, Counts], stages: Sequence[str]) -> list[str]:

@@ -53,6 +53,8 @@ class Captions:
     attempts: Counter[int] = field(default_factory=Counter)  # clips by answers asked for
     rejected: Counter[str] = field(default_factory=Counter)  # for want of a caption
     repeated: list[Repeated] = field(default_factory=list)
+    amounts: Counter[str] = field(default_factory=Counter)  # tokens, of all runs
+    cost: float | None = None  # of these, in money
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "repeated": [vars(one) for one in self.repeated]}
@@ -74,7 +76,11 @@ def check(
     ):
         for view in views(pipeline):
             _add(view, stage, found, texts)
+            for commit in view.commits(stage):
+                found.amounts.update(commit.amounts)
             progress(found.clips)
+        if found.amounts and stage in pipeline.stages:
+            found.cost = pipeline.stages[stage].cost(found.amounts)
         _repeated(texts, found, top)
     return found
 

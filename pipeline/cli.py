@@ -23,6 +23,7 @@ from pipeline.cli_estimate import estimate
 from pipeline.cli_export import export
 from pipeline.cli_latents import decode
 from pipeline.cli_options import F, load, with_config
+from pipeline.cli_train import sample, train
 from pipeline.cli_upkeep import audit, gc, verify
 from pipeline.workers import stop
 
@@ -104,7 +105,7 @@ def cli() -> None:
     redact_logs()  # before a command, and not for `--help`
 
 
-for command in (captions, decode, estimate, export, verify, audit, gc):
+for command in (captions, decode, estimate, export, train, sample, verify, audit, gc):
     cli.add_command(command)
 
 
@@ -238,7 +239,7 @@ def _asked(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Where every clip is: per stage in, kept, rejected, failed, pending."""
-    from pipeline.account import account, retry_hint
+    from pipeline.account import account, retry_hint, spent
     from pipeline.output import json_text, text_table
 
     result = account(load(file, overrides))
@@ -261,6 +262,9 @@ def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     ]
     names = ["stage", "state", "in", "kept", "rejected", "failed", "pending", "reasons"]
     click.echo(text_table(names, rows), nl=False)
+    for stage in result["stages"]:
+        if line := spent(stage["name"], stage["amounts"], stage["cost"]):
+            click.echo(line)
     for line in retry_hint(sum(s["worth_retry"] for s in result["stages"])):
         click.echo(line, err=True)
 
@@ -309,39 +313,6 @@ def manifest(file: str, overrides: tuple[str, ...], out: str) -> None:
 
     rows = write(load(file, overrides), out)
     click.echo(f"{out}: {rows} rows", err=True)
-
-
-@cli.command(context_settings={"ignore_unknown_options": False})
-@with_config
-@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Optimizer steps.")
-@click.option("--output", metavar="DIR", help="Checkpoints and logs; default: WORKDIR/train.")
-def train(file: str, overrides: tuple[str, ...], steps: int | None, output: str | None) -> None:
-    """Train on the latents and captions that are ready, from the last checkpoint on."""
-    from pipeline.training import train as launch
-
-    code = launch(load(file, overrides), steps, output)
-    if code:
-        raise click.exceptions.Exit(code)
-
-
-@cli.command()
-@with_config
-@click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT")
-@click.option("--out", required=True, metavar="FILE", help="A .gif, .mp4 or .png.")
-@click.option("--checkpoint", metavar="DIR", help="Default: the last one of WORKDIR/train.")
-def sample(
-    file: str,
-    overrides: tuple[str, ...],
-    prompts: tuple[str, ...],
-    out: str,
-    checkpoint: str | None,
-) -> None:
-    """Make videos of prompts with a trained model."""
-    from pipeline.training import sample as launch
-
-    code = launch(load(file, overrides), list(prompts), out, checkpoint)
-    if code:
-        raise click.exceptions.Exit(code)
 
 
 @cli.command()

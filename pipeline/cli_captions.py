@@ -104,6 +104,7 @@ def check(
 
     Captions are the same that differ in case and punctuation alone.
     """
+    from pipeline.account import spent
     from pipeline.captions import check as look
     from pipeline.output import text_table
 
@@ -132,6 +133,8 @@ def check(
     for name, n in lines:
         share = f"{n / found.clips:6.1%}" if found.clips else ""
         click.echo(f"{name:<{width}}  {n:>10,}  {share}")
+    if line := spent(found.column, found.amounts, found.cost):
+        click.echo(line)
     if found.repeated:
         rows = [[r.clips, r.text[:_WIDTH], r.examples[0]] for r in found.repeated]
         click.echo()

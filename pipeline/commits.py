@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,15 @@ COMMIT_SECONDS = 60.0
 SIGN_OF_LIFE = 1.0  # seconds between two of them while a commit is waited for
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a commit says went into its rows: seconds of the unit up to then, by phase, and what the
+    stage has counted since the commit before."""
+
+    seconds: dict[str, float]
+    amounts: dict[str, int]
+
+
 class Committer:
     """Commits the rows of a unit in parts of about COMMIT_BYTES, and every COMMIT_SECONDS, in a
     thread, while further ones are processed."""
@@ -35,9 +45,11 @@ class Committer:
         model: Any,
         watch: Watch,
         seconds: dict[str, float],
+        amounts: dict[str, int],
     ) -> None:
         self._view, self._stage, self._model = view, stage, model
         self._watch, self._seconds = watch, seconds
+        self._amounts, self._told = amounts, dict(amounts)  # so far, and of these in commits
         self._done: list[pa.Table] = []
         self._counts, self._bytes = Counts(), 0
         self._began = time.perf_counter()
@@ -55,8 +67,11 @@ class Committer:
     def begin(self) -> None:
         """Begins to commit what was taken, once the commit before is through."""
         self._wait()
-        seconds = dict(self._seconds)
-        self._running = self._pool.submit(self._commit, self._done, self._counts, seconds)
+        now = dict(self._amounts)
+        added = {what: n - self._told.get(what, 0) for what, n in now.items()}
+        spent = Spent(dict(self._seconds), {what: n for what, n in added.items() if n})
+        self._told = now
+        self._running = self._pool.submit(self._commit, self._done, self._counts, spent)
         self._done, self._counts, self._bytes = [], Counts(), 0
         self._began = time.perf_counter()
 
@@ -90,14 +105,14 @@ class Committer:
                 alive()
             self._view = running.result()
 
-    def _commit(self, done: list[pa.Table], counts: Counts, seconds: dict[str, float]) -> UnitView:
-        view = _commit(self._view, self._stage, self._model, done, seconds)
+    def _commit(self, done: list[pa.Table], counts: Counts, spent: Spent) -> UnitView:
+        view = _commit(self._view, self._stage, self._model, done, spent)
         self._watch.committed(counts)
         return view
 
 
 def _commit(
-    view: UnitView, stage: AnyStage, model: Any, done: list[pa.Table], seconds: dict[str, float]
+    view: UnitView, stage: AnyStage, model: Any, done: list[pa.Table], spent: Spent
 ) -> UnitView:
     """Commits the rows; returns a view that has seen them.
 
@@ -121,7 +136,8 @@ def _commit(
             view.inputs_state(name),
             view.counts_with(name, new),
             with_facts(stage.packed(new, made), facts) if len(new) else None,
-            seconds,
+            spent.seconds,
+            amounts=spent.amounts,
         ):
             return UnitView(view.store, view.dag, view.unit)
         view = UnitView(view.store, view.dag, view.unit)

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline import config, dag, training
+from pipeline import config, dag, launching, training
 from pipeline.account import account
 from pipeline.output import text_table
 from pipeline.report import console
@@ -51,7 +51,8 @@ def demo(folder: str, clips: int) -> int:
     if result.faults:
         _say(f"{result.faults[0].stage} raised {result.faults[0].error}\n{result.faults[0].trace}")
         return 1
-    code = training.train(pipeline)
+    settings = training.prepare(pipeline)
+    code = launching.call(launching.Fleet().command(launching.TRAINER, "--config", str(settings)))
     if code:
         return code
     gif = place / "sample.gif"

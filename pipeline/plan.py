@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from manifests.intake import pool_units
@@ -23,6 +24,7 @@ class StagePlan:
     units: list[str] = field(default_factory=list)
     waits: bool = False  # stages upstream have work too, and may hand on more
     why: str = ""
+    cost: Callable[[Mapping[str, int]], float | None] = lambda amounts: None  # of what it counts
 
     @property
     def todo(self) -> int:
@@ -69,11 +71,20 @@ def views(pipeline: Pipeline) -> Iterator[UnitView]:
 
 def status(pipeline: Pipeline) -> dict[str, Counts]:
     """The account of the source and of every stage."""
+    return status_and_amounts(pipeline)[0]
+
+
+def status_and_amounts(pipeline: Pipeline) -> tuple[dict[str, Counts], dict[str, Counter[str]]]:
+    """The account of the source and of every stage, and what each has counted in all its runs under
+    the present settings: tokens. What was made void since was spent all the same."""
     totals = {name: Counts() for name in pipeline.dag.layers}
+    amounts = {name: Counter[str]() for name in totals}
     for view in views(pipeline):
         for name, total in totals.items():
             total += view.counts(name)
-    return totals
+            for commit in view.commits(name):
+                amounts[name].update(commit.amounts)
+    return totals, amounts
 
 
 def worth_retry(pipeline: Pipeline, totals: Mapping[str, Counts]) -> dict[str, int]:
@@ -87,7 +98,7 @@ def worth_retry(pipeline: Pipeline, totals: Mapping[str, Counts]) -> dict[str, i
 
 def plan(pipeline: Pipeline, stages: Sequence[str], retry: Retry = Retry()) -> Plan:
     """What `stages` (in topological order) have to do."""
-    plans = {name: StagePlan(name) for name in stages}
+    plans = {name: StagePlan(name, cost=pipeline.stages[name].cost) for name in stages}
     unit_rows = 1
     for view in views(pipeline):
         unit_rows = max(unit_rows, view.counts(SOURCE_LAYER).total)

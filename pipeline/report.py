@@ -82,9 +82,16 @@ def quality(amounts: Mapping[str, int]) -> str:
     return "".join(f", {amounts[n]} {what}" for n, what in told.items() if amounts.get(n))
 
 
-def _closing(seconds: Mapping[str, float], amounts: Mapping[str, int]) -> str:
+def _closing(plan: StagePlan, seconds: Mapping[str, float], amounts: Mapping[str, int]) -> str:
     """What the last line of a stage ends with."""
-    return at_work(seconds) + tokens(amounts, seconds) + quality(amounts)
+    cost = plan.cost(amounts) if amounts.get("tokens") else None
+    price = "" if cost is None else f", cost {money(cost)}"
+    return at_work(seconds) + tokens(amounts, seconds) + price + quality(amounts)
+
+
+def money(cost: float) -> str:
+    """Two digits after the point, or two that count where it is less."""
+    return f"{cost:,.2f}" if cost >= 0.1 or not cost else f"{cost:.2g}"
 
 
 def _raised(receipt: Receipt, told: set[tuple[str, str]]) -> str | None:
@@ -135,7 +142,7 @@ class PlainReporter(Reporter):
             amounts = self._amounts.setdefault(receipt.stage, Counter())
             amounts.update(receipt.amounts)
             if plan and units == len(plan.units) and receipt.stage in self._done:
-                self._line(receipt.stage, time.monotonic(), _closing(seconds, amounts))
+                self._line(receipt.stage, time.monotonic(), _closing(plan, seconds, amounts))
                 self._said[receipt.stage] = math.inf  # that was its last line
 
     def note(self, text: str) -> None:
@@ -239,7 +246,7 @@ class LiveReporter(Reporter):
                 task = self._tasks[receipt.stage]
                 self._progress.start_task(task)
                 outcomes = describe(self._done.get(receipt.stage, Counts()))
-                outcomes += _closing(seconds, amounts)
+                outcomes += _closing(self._plans[receipt.stage], seconds, amounts)
                 done = max(1, done)
                 self._progress.update(task, total=done, completed=done, outcomes=outcomes)
 

@@ -145,6 +145,8 @@ class Streams:
         return None
 
     def _opened(self, piece: Piece, receipt: Receipt) -> OpenUnit | None:
+        if self._open:  # the stage was at work until it asked for more
+            self._clock.lap(self._now, "process")
         self._latest = receipt
         try:
             unit = OpenUnit(
@@ -219,8 +221,10 @@ class Streams:
     @property
     def _now(self) -> Receipt:
         """The receipt that what happens now is put down in: where several units are in flight, that
-        of the first of them."""
-        return self._open[0].receipt if self._open else self._latest
+        of the first that the stage still has something of, as it has a commit to come."""
+        at_work = (unit for unit in self._open if not unit.answered)
+        unit = next(at_work, self._open[-1] if self._open else None)
+        return unit.receipt if unit is not None else self._latest
 
 
 def _halting(error: Exception, store: Store) -> str | None:

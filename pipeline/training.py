@@ -6,8 +6,6 @@ The trainer knows nothing of the pipeline: it gets an index, a folder and its ow
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +16,7 @@ from manifests.shards import Index
 from pipeline import index
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
+from pipeline.launching import Fleet, call
 from pipeline.plan import status
 from pipeline.report import describe
 from stages.embed import Embed
@@ -51,8 +50,8 @@ def settings(
     return chosen
 
 
-def train(pipeline: Pipeline, steps: int | None = None, output: str | None = None) -> int:
-    """Brings the index up to date and trains on it; returns the trainer's exit code.
+def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = None) -> Path:
+    """Brings the index up to date and writes the trainer's settings; returns their file.
 
     Raises ConfigError where no clip is ready.
     """
@@ -66,7 +65,7 @@ def train(pipeline: Pipeline, steps: int | None = None, output: str | None = Non
     file.write_text(json.dumps(redacted(chosen), indent=1))
     clips = Index.open(chosen["index"]).table.num_rows
     print(shown(f"training on {clips} clips, output in {folder}"), file=sys.stderr)
-    return _call("trainer.train", "--config", str(file))
+    return file
 
 
 def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | None = None) -> int:
@@ -77,21 +76,8 @@ def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | N
     if "embed" in pipeline.stages:
         encoder, tokenizer = cast(Embed, pipeline.stages["embed"]).folders()
         named += ["--text-encoder", encoder, "--tokenizer", tokenizer]
-    return _call("trainer.sample", "--checkpoint", place, "--vae", folder, "--out", out, *named)
-
-
-def _call(module: str, *arguments: str) -> int:
-    """Runs a module of the trainer to its end. Ctrl-C and SIGTERM reach it, it saves, we wait."""
-    with subprocess.Popen([sys.executable, "-m", module, *arguments]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:
-                    continue
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    words = ("trainer.sample", "--checkpoint", place, "--vae", folder, "--out", out, *named)
+    return call(Fleet().command(*words))
 
 
 def _nothing_ready(pipeline: Pipeline) -> str:

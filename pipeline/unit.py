@@ -129,7 +129,9 @@ class OpenUnit:
         clock.lap(receipt, "read")
         self.model = model() if self._rows.num_rows else None
         clock.lap(receipt, "setup")
-        self._commits = Committer(view, stage, self.model, piece.watch, receipt.seconds)
+        self._commits = Committer(
+            *(view, stage, self.model, piece.watch, receipt.seconds, receipt.amounts)
+        )
         if not self._rows.num_rows:
             self._commits.begin()
 

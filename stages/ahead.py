@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import count, islice
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -23,27 +23,32 @@ def ahead(
     threads: int,
     depth: int,
     most: int,
+    ordered: bool = True,
 ) -> Generator[tuple[int, T | None]]:
     """What `make` gives of each source, in order and with the source's number (from 0); None in
-    the place of an item says that a source has no more.
+    the place of an item says that a source has no more. Not `ordered`: of the source that has
+    something first, so that a slow one holds up nobody.
 
     `threads` call `make` up to `depth` sources ahead, until what waits has `most` bytes by `size`;
     one item always may, so nothing is too large. `sources` is asked in the caller's thread. What
     `make` raises is raised here, in its place. Closing this ends the threads.
     """
     room = _Room(most)
-    waiting: deque[_Line[T]] = deque()
-    coming = iter(sources)
+    waiting: deque[tuple[int, _Line[T]]] = deque()
+    coming = enumerate(sources)
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for number in count():
-                for source in islice(coming, depth - len(waiting)):
+            while True:
+                for number, source in islice(coming, depth - len(waiting)):
                     line: _Line[T] = _Line(room)
-                    waiting.append(line)
+                    waiting.append((number, line))
                     pool.submit(line.fill, partial(make, source), size)
                 if not waiting:
                     return
-                for item in waiting.popleft():
+                if not ordered:
+                    room.bring_forward(waiting)
+                number, line = waiting.popleft()
+                for item in line:
                     yield number, item
                 yield number, None
         finally:
@@ -69,6 +74,14 @@ class _Room:
             self.closed = True
             self.changed.notify_all()
 
+    def bring_forward(self, waiting: deque[tuple[int, _Line[Any]]]) -> None:
+        """Waits until one of the lines has something, and puts the first such in front."""
+        with self.changed:
+            while (ready := next((one for one in waiting if one[1].ready), None)) is None:
+                self.changed.wait()
+        waiting.remove(ready)
+        waiting.appendleft(ready)
+
 
 class _Line(Generic[T]):
     """The items of one source that wait."""
@@ -78,6 +91,11 @@ class _Line(Generic[T]):
         self._items: deque[tuple[T, int]] = deque()
         self._ended = False
         self._error: BaseException | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to take, or nothing more to come."""
+        return bool(self._items) or self._ended
 
     def fill(self, make: Callable[[], Generator[T]], size: Callable[[T], int]) -> None:
         """Puts all items in line, in a thread."""

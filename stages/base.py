@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -285,6 +285,10 @@ class Stage(ABC, Generic[S, Model]):
         `made` may hold it for all: the same rows, and those that somebody else has committed
         meanwhile."""
         return rows
+
+    def cost(self, amounts: Mapping[str, float]) -> float | None:
+        """What these amounts, as it counts them, cost in money; None where nobody says a price."""
+        return None
 
     def worth_retry(self, error: str) -> bool:
         """Whether a row that failed so may come through with nothing changed; others are final

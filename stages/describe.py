@@ -26,7 +26,7 @@ from stages.media.frames import Unsuited
 from stages.media.spread import FramesSettings, spread
 from stages.media.video import READING_MAY_PASS, Budget, DecodingSettings, VideoError
 
-MOST_THREADS = 8  # by default: a frame a millisecond is more than models look at
+MOST_THREADS = 8  # by default: some 40 clips a second, which is more than a model looks at
 Seen = tuple[Prepared, list[float]] | Rejected | Failed
 
 
@@ -126,6 +126,7 @@ class Describe(Captioner[DescribeSettings]):
             threads=threads,
             depth=4 * threads,
             most=self.settings.ahead - self.holds,
+            ordered=False,
         )
         with closing(frames):
             for number, one in frames:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from manifests.shards import Embedding, Index, ShardError, TextSpec
 from trainer.config import SettingsError, TrainSettings
-from trainer.keys import keyed
+from trainer.keys import chance, keyed
 from trainer.posterior import DTYPES, stored
 from trainer.reader import Place, Row
 
@@ -47,8 +47,7 @@ class Captions:
 
 
 def dropped(dropout: float, clip_id: str, seed: int, epoch: int) -> bool:
-    chance = torch.rand((), generator=keyed("caption", seed, epoch, clip_id))
-    return bool(chance < dropout)
+    return chance("caption", seed, epoch, clip_id) < dropout
 
 
 def draw_caption(
@@ -137,8 +136,8 @@ class Embeddings:
         return values
 
 
-def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def padded(texts: Sequence[Tensor], pin: bool = False) -> tuple[Tensor, Tensor]:
     """Embeddings (L, D) of several lengths as (B, L, D), and which tokens are there: (B, L)."""
     lengths = torch.tensor([len(text) for text in texts])
     values = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
-    return values, torch.arange(values.shape[1]) < lengths[:, None]
+    return values.pin_memory() if pin else values, torch.arange(values.shape[1]) < lengths[:, None]

@@ -26,7 +26,7 @@ from trainer.config import FamilySettings, SettingsError, TrainSettings
 from trainer.expected import check_expected, check_latents, check_shapes, check_text
 from trainer.keys import keyed
 from trainer.order import Order, Position, Shape, Step
-from trainer.posterior import posterior_sample, stored
+from trainer.posterior import posterior_sample, stacked
 from trainer.reader import Place, Row, Shards, Wanted, read_ahead, read_rows
 
 # Of the memory an eighth may be shuffled together: `read_rows` reads each row group once if all
@@ -189,44 +189,38 @@ class Loader:
             check_latents(name, file.facts, self.index.spec)
         return file
 
-    def _rows(self, file: ShardFile, rows: list[int]) -> Iterator[Row]:
-        """A copy of each, so that the rest of its row group does not stay in memory with it."""
+    def _rows(self, file: ShardFile, rows: list[int], copy: bool) -> Iterator[Row]:
         text = self.embeddings is not None and file.name in self.embeddings.shards
         first = isinstance(file, FirstFrames)
         for found in file.embeddings(rows) if text else file.latents(rows, first):
-            yield replace(found, data=memoryview(bytearray(found.data)))
+            yield replace(found, data=memoryview(bytes(found.data))) if copy else found
 
     def _batch(self, step: Step, rows: list[Row]) -> Batch:
         seed, count = step.position.seed, len(step.visits)
-        shape = self.order.shapes[step.bucket]
         ids, epochs, latents, captions, texts = [], [], [], [], []
         for (epoch, clip), row in zip(step.visits, rows):
             clip_id = self.clips[clip].as_py()
-            latents.append(self._latents(clip, clip_id, row, shape))
+            latents.append(self._checked(clip, clip_id, row, self.order.shapes[step.bucket]))
             captions.append(self.captions.at(clip, clip_id, seed, epoch))
             ids.append(clip_id)
             epochs.append(epoch)
         if self.embeddings is not None:
             for (epoch, clip), clip_id, row in zip(step.visits, ids, rows[count:]):
                 texts.append(self.embeddings.at(clip, clip_id, seed, epoch, row))
+        values = stacked(latents, [f"latents of clip {clip_id}" for clip_id in ids], self.pin)
+        embeddings = padded(texts, self.pin) if texts else None
         first = None
         if self.first_frames:
+            shape = self.order.shapes[step.bucket]
             alone = (shape[0], 1, *shape[2:])
             of = zip(step.visits, ids, rows[-count:])
-            first = torch.stack(
-                [self._latents(clip, name, row, alone) for (_, clip), name, row in of]
-            )
-        values = torch.stack(latents)
-        embeddings = padded(texts) if texts else None
-        if self.pin:
-            values = values.pin_memory()
-            embeddings = embeddings and (embeddings[0].pin_memory(), embeddings[1])
-            first = first.pin_memory() if first is not None else None
+            frames = [self._checked(clip, name, row, alone) for (_, clip), name, row in of]
+            first = stacked(frames, [f"the first frame of clip {name}" for name in ids], self.pin)
         spec = self.index.spec
         return Batch(values, spec, captions, embeddings, ids, epochs, step.position, first)
 
-    def _latents(self, clip: int, clip_id: str, row: Row, shape: Shape) -> Tensor:
-        """As stored. Raises ShardError where they are another clip's, or of another shape."""
+    def _checked(self, clip: int, clip_id: str, row: Row, shape: Shape) -> Latent:
+        """What was read for a clip. Raises ShardError where it is of another, or another shape."""
         name, number = self.shards[self.shard_of[clip]], self.rows[clip]
         assert isinstance(row, Latent)
         if row.clip_id != clip_id:
@@ -239,4 +233,4 @@ class Loader:
                 f"shard {name} holds latents of shape {list(row.shape)} for clip {clip_id}, "
                 f"where the index says {list(shape)}: run `vidpipe run encode`"
             )
-        return stored(row, f"latents of clip {clip_id}")
+        return row

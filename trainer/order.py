@@ -208,5 +208,8 @@ def due(given: Sequence[int], sizes: Sequence[int], step: int) -> int:
 def distinct_shapes(shapes: pa.ChunkedArray) -> tuple[list[Shape], NDArray[np.int64]]:
     """The distinct (channels, F, H, W), and of each clip the number of its own among them."""
     rows = shapes.combine_chunks().flatten().to_numpy().reshape(len(shapes), -1)
-    distinct, member = np.unique(rows, axis=0, return_inverse=True)
-    return [tuple(map(int, shape)) for shape in distinct], member.reshape(-1)
+    keys = np.ravel_multi_index(
+        tuple(rows.T), tuple(rows.max(0) + 1)
+    )  # one number each: sorts fast
+    _, firsts, member = np.unique(keys, return_index=True, return_inverse=True)
+    return [tuple(map(int, rows[first])) for first in firsts], member

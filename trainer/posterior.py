@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,23 +17,45 @@ def stored_channels(spec: LatentSpec) -> int:
     return spec.channels * (2 if spec.moments else 1)
 
 
-def stored(row: Latent | Embedding, name: str) -> Tensor:
-    """The values as stored, of `row.shape`; `name` is what an error calls them.
+def dtype_of(row: Latent | Embedding, name: str) -> torch.dtype:
+    """Of the values as stored; `name` is what an error calls them.
 
-    Raises ShardError where the bytes are not what their shape and dtype say.
+    Raises ShardError where the bytes are not what shape and dtype say.
     """
     if row.dtype not in DTYPES:
         raise ShardError(f"{name} are of type {row.dtype}: {', '.join(DTYPES)} can be read")
     dtype = DTYPES[row.dtype]
-    stated = int(np.prod(row.shape)) * dtype.itemsize
+    stated = math.prod(row.shape) * dtype.itemsize
     if row.data.nbytes != stated:
         raise ShardError(
             f"{name} are damaged: {row.data.nbytes} bytes stored, while {row.dtype} of shape "
             f"{list(row.shape)} takes {stated}: `vidpipe verify` tells which files are damaged, "
             "`vidpipe verify --repair` has them made again"
         )
-    data = bytearray(row.data) if row.data.readonly else row.data
-    return torch.frombuffer(data, dtype=dtype).view(row.shape)
+    return dtype
+
+
+def stored(row: Latent | Embedding, name: str) -> Tensor:
+    """The values as stored, of `row.shape`."""
+    return torch.frombuffer(bytearray(row.data), dtype=dtype_of(row, name)).view(row.shape)
+
+
+def stacked(rows: Sequence[Latent], names: Sequence[str], pin: bool = False) -> Tensor:
+    """The values of clips of one shape as stored: (B, C or 2C, F, H, W)."""
+    dtypes = [dtype_of(row, name) for row, name in zip(rows, names, strict=True)]
+    # Clips encoded at another time may be of another type: then float32 holds them all.
+    dtype = dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+    values = torch.empty((len(rows), *rows[0].shape), dtype=dtype, pin_memory=pin)
+    if len(set(dtypes)) > 1:
+        for one, row, name in zip(values, rows, names):
+            one.copy_(stored(row, name))
+        return values
+    # One thread's plain copy: torch would split it among all, which the model is using.
+    target = values.view(-1).view(torch.uint8).numpy().data
+    size = rows[0].data.nbytes
+    for number, row in enumerate(rows):
+        target[number * size : (number + 1) * size] = row.data.cast("B")
+    return values
 
 
 def posterior_sample(

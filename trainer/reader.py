@@ -41,12 +41,13 @@ class Wanted(Generic[T]):
 
 
 class Shards:
-    """Shards that are open: the latest used ones. `open` opens one, `rows` reads rows of it."""
+    """Shards that are open: the latest used ones. `open` opens one, `rows` reads rows of it, all
+    that a row group has, or else copies, so that the rest does not stay in memory with them."""
 
     def __init__(
         self,
         open: Callable[[str], ShardFile],
-        rows: Callable[[ShardFile, list[int]], Iterator[Row]],
+        rows: Callable[[ShardFile, list[int], bool], Iterator[Row]],
     ) -> None:
         self._open, self._rows = open, rows
         self._lock = threading.Lock()
@@ -67,9 +68,9 @@ class Shards:
                 future.set_exception(error)
         return future.result()
 
-    def read(self, name: str, rows: list[int]) -> dict[int, Row]:
+    def read(self, name: str, rows: list[int], copy: bool) -> dict[int, Row]:
         """`rows` (ascending), by their numbers."""
-        return dict(zip(rows, self._rows(self.get(name), rows), strict=True))
+        return dict(zip(rows, self._rows(self.get(name), rows, copy), strict=True))
 
 
 def read_rows(
@@ -79,8 +80,8 @@ def read_rows(
 
     Of the plan as much is known ahead as takes `memory` bytes. What the nearer half of it wants is
     read, and of each row group all that the whole of it wants is kept. So no more than `memory`
-    bytes are held, beside the row groups being read, and each is read once if all that is wanted of
-    it lies within half of `memory`.
+    bytes are held that are wanted yet, beside the row groups being read, and each is read once if
+    all that is wanted of it lies within half of `memory`.
     """
     far: deque[Wanted[T]] = deque()
     near: deque[Wanted[T]] = deque()
@@ -99,7 +100,8 @@ def read_rows(
                     wanted[place.shard][place.row] += 1
             if near_bytes <= memory * 3 // 8:
                 missing: dict[Place, None] = {}
-                while far and (near_bytes < memory // 2 or not near):
+                enough = near_bytes + memory // 8  # not all at once: the first should come soon
+                while far and (near_bytes < enough or not near):
                     near.append(one := far.popleft())
                     far_bytes -= one.bytes
                     near_bytes += one.bytes
@@ -140,7 +142,8 @@ def _request(
                 for row in sorted(wanted[name])
                 if first <= row < last and (place := Place(name, row)) not in read
             ]
-            future = pool.submit(shards.read, name, [place.row for place in places])
+            copy = len(places) < last - first
+            future = pool.submit(shards.read, name, [place.row for place in places], copy)
             read.update(dict.fromkeys(places, future))
 
 

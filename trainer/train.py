@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 import threading
@@ -42,9 +43,8 @@ from trainer.models import Text, VideoDiT, adapted, build, tokenise
 
 # Noise makes gradients noisy, and runs of a few hundred steps are over before 0.999 has settled.
 BETAS = (0.9, 0.99)
-
 MIN_SNR_GAMMA = 5.0  # Hang 2023's own choice
-
+ECHO_SECONDS = 10.0  # for which a second signal is the first one's
 
 ABOUT = "Trains a video model on the latents of an index, from the newest checkpoint on."
 
@@ -299,13 +299,20 @@ def check_finite(everyones: Tensor, losses: Tensor, batch: Batch, step: int) -> 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set; a second signal acts as it would without us."""
+    """An event that SIGTERM and Ctrl-C set; a second signal acts as it would without us, unless it
+    is the first one's echo: launchers and Slurm pass on what the process has heard already."""
     stop = threading.Event()
+    heard = 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def told(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal heard
+        if not stop.is_set():
+            stop.set()
+            heard = time.monotonic()
+        elif time.monotonic() - heard > ECHO_SECONDS:
+            signal.signal(number, before[signal.Signals(number)])
+            os.kill(os.getpid(), number)
 
     for number in before:
         signal.signal(number, told)

@@ -45,6 +45,7 @@ class StageEstimate:
     rows: Figure
     need: Need | None
     amounts: dict[str, Figure]
+    cost: Figure | None  # of these, in money
     disk: Figure  # bytes
     error: str | None
     trace: str | None
@@ -163,6 +164,9 @@ def _stage(pipeline: Pipeline, found: Survey, tried: Tried, machine: Offer) -> S
         what: product(rows, per_row([group.amounts[what] for group in several], each))
         for what in counted
     }
+    costs = [stage.cost(group.amounts) or 0.0 for group in several]
+    priced = bool(counted) and stage.cost(several[0].amounts) is not None
+    cost = product(rows, per_row(costs, each)) if priced else None
     # Files beside commits, downloads, are one a row at most: those without one are nothing.
     files = [*tried.beside, *[0] * (settled - len(tried.beside))]
     disk = total(
@@ -174,7 +178,8 @@ def _stage(pipeline: Pipeline, found: Survey, tried: Tried, machine: Offer) -> S
     device = GPU if stage.accelerated and machine.gpus >= 1 else CPU
     meant = GPU if stage.accelerated else CPU
     return StageEstimate(
-        name, tried.counts, device, meant, rows, need, amounts, disk, tried.error, tried.trace
+        *(name, tried.counts, device, meant, rows, need, amounts, cost, disk),
+        *(tried.error, tried.trace),
     )
 
 

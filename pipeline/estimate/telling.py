@@ -9,6 +9,7 @@ from pipeline.estimate.estimate import Estimate, StageEstimate
 from pipeline.estimate.forecast import Forecast
 from pipeline.estimate.spread import LEVEL, Figure, share
 from pipeline.output import text_table
+from pipeline.report import money
 
 ENDLESS = 1 << 62  # a population that a sample takes nothing off
 
@@ -27,6 +28,8 @@ def lines(found: Estimate) -> list[str]:
     ]
     for stage in found.stages:
         told += [f"{stage.name}: {_figure(n, _count)} {what}" for what, n in stage.amounts.items()]
+        if stage.cost is not None:
+            told.append(f"{stage.name}: cost {_figure(stage.cost, _money)}")
     told += _failures(found)
     for forecast in (found.here, found.there):
         if forecast is not None:
@@ -113,6 +116,10 @@ def _duration(value: float) -> Callable[[float], str]:
     return lambda n: f"{_digits(n / factor)} {unit}"
 
 
+def _money(value: float) -> Callable[[float], str]:
+    return money
+
+
 def _size(value: float) -> Callable[[float], str]:
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     at = next((i for i in range(4) if value < 1024.0 ** (i + 1)), 4)
@@ -153,6 +160,7 @@ def _stage_json(stage: StageEstimate) -> dict[str, Any]:
         "seconds_a_row": need and need.seconds.to_json(),
         "start_seconds": need and need.start,
         "amounts": {what: figure.to_json() for what, figure in stage.amounts.items()},
+        "cost": stage.cost and stage.cost.to_json(),
         "disk_bytes": stage.disk.to_json(),
         "error": stage.error,
     }

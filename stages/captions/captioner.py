@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -154,6 +154,10 @@ class Captioner(RowStage[C, Engine]):
                     f"{where} and there is no such column.{did_you_mean(column, columns.names)}"
                 )
 
+    def cost(self, amounts: Mapping[str, float]) -> float | None:
+        price = self.settings.price
+        return None if price is None else price.of(amounts)
+
     def check(self) -> None:
         check_engine(self.settings, self.name)
 
@@ -169,6 +173,8 @@ class Captioner(RowStage[C, Engine]):
         prompt = self.prompt
         known["quality"] = {**known["quality"], "original": self.original}
         known["engine_args"] = args_of(self.settings)
+        if self.settings.engine == "vllm" and prompt.schema is not None:
+            known["json"] = "compact"  # since vLLM is told to write no blanks between its parts
         return {
             **values,
             "settings": known,

@@ -133,20 +133,58 @@ _META = re.compile(
 )
 
 
+# Of a model that was shown frames. Apart, as a caption of text may speak of a bowler's last frame.
+_FRAMES = r"(?:frames?|images?|pictures?|photos?|stills?|screenshots?|snapshots?)"
+_NTH = r"(?:first|second|third|fourth|fifth|last|final|next|initial|subsequent|previous|following)"
+_OF_FRAMES = re.compile(
+    _any(
+        r"\b(?:frame|image|picture|photo) (?:\d+|one|two)\b",
+        rf"\b(?:the|each|every) {_NTH} (?:few |two |three |four )?{_FRAMES}\b",
+        rf"\b(?:provided|given|submitted|uploaded) {_FRAMES}\b",
+        rf"\b(?:these|those|all the|all of the) (?:\w+ )?{_FRAMES} (?!of\b|on\b|hang|hung)",
+        r"\b(?:in|across|between|throughout|through|over|from) (?:the|these|all|each|all the|"
+        r"each of the|consecutive|successive) frames\b",
+        r"\bfrom (?:one )?frame to (?:the next|frame)\b|\bframe by frame\b",
+        rf"\b(?:sequence|series|set|collection) of (?:\w+ )?{_FRAMES}\b",
+        rf"\bthe (?:video|clip|footage|frames|images) (?:\w+ly |then |also )?(?:{_VERB}|"
+        r"progress(?:es)?|continues?|concludes?|transitions?|unfolds?|cuts?|do|does|suggests?)\b",
+        r"\b(?:throughout|in|of|during) (?:the|this) (?:\w+ )?(?:video|clip|footage)\b",
+    ),
+    re.IGNORECASE,
+)
+_UNSEEN = re.compile(
+    _any(
+        r"\b(?:images?|frames?|videos?|clips?|pictures?|footage|screen) (?:provided |given )?"
+        r"(?:is|are|was|were|appears?|seems?) (?:\w+ ){0,3}(?:too (?:dark|blurry|blurred|bright|"
+        r"small|unclear|low)|(?:completely|entirely|all) (?:black|dark|blank|white)|unclear|blank|"
+        r"empty|corrupted|missing)",
+        r"\b(?:it is |it's )?(?:not possible|impossible) to (?:determine|describe|tell|identify|"
+        r"discern|say|make out)\b",
+        r"\bthere (?:is|are) (?:no|not enough|nothing) (?:\w+ ){0,2}(?:to describe|information|"
+        r"visible content|content to|discernible)\b",
+    ),
+    re.IGNORECASE,
+)
+
+
 def _plain(text: str) -> str:
     """`text` as the patterns expect it: on one line, straight apostrophes, no quotations."""
     text = " ".join(text.replace("’", "'").replace("`", "'").split())
     return unquoted(text.lstrip("*_#> ").rstrip("*_ "))
 
 
-def refuses(text: str) -> bool:
-    """Whether the model says that it can't or won't, or asks for its input."""
-    return bool(_REFUSAL.search(_plain(text)))
+def refuses(text: str, sees: bool = False) -> bool:
+    """Whether the model says that it can't or won't, or asks for its input; of one that `sees`
+    frames, also that it can make out nothing."""
+    plain = _plain(text)
+    return bool(_REFUSAL.search(plain) or (sees and _UNSEEN.search(plain)))
 
 
-def speaks_of_task(text: str) -> bool:
-    """Whether the answer opens or closes with words about the answer or the video."""
-    return bool(_META.search(_plain(text)))
+def speaks_of_task(text: str, sees: bool = False) -> bool:
+    """Whether the answer opens or closes with words about the answer or the video; of a model that
+    `sees` frames, whether it speaks of them anywhere."""
+    plain = _plain(text)
+    return bool(_META.search(plain) or (sees and _OF_FRAMES.search(plain)))
 
 
 # Openers that can be cut off, and leave a caption.

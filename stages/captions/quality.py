@@ -63,7 +63,7 @@ class QualitySettings(BaseModel):
         2, ge=0, le=20, description="further answers to ask for, seeds of their own"
     )
     retry_temperature: float = Field(
-        0.7, gt=0, le=5, description="of further answers at least: greedy ones would be the same"
+        0.7, gt=0, le=2, description="of further answers at least: greedy ones would be the same"
     )
     fallback: Literal["original", "reject", "keep"] = Field(
         "original",
@@ -100,8 +100,10 @@ def examine(
     original: str | None = None,
     truncated: bool = False,
     max_words: int | None = None,
+    sees: bool = False,
 ) -> Checked:
-    """Checks the caption `text`. `truncated`: the engine stopped it at max_tokens."""
+    """Checks the caption `text`. `truncated`: the engine stopped it at max_tokens; `sees`: the
+    model was shown frames."""
     count = len(words(text))
     again = repetition(text)
     strange = 0.0 if settings.language == "any" else foreign(text, settings.language)
@@ -113,11 +115,11 @@ def examine(
     most = settings.max_words or max_words
     wrong = {
         "empty": not text.strip(),
-        "refusal": refuses(text),
+        "refusal": refuses(text, sees),
         "truncated": truncated or cut_off(text),
         "repetition": again > settings.max_repetition,
         "language": strange > settings.max_foreign,
-        "meta": speaks_of_task(text),
+        "meta": speaks_of_task(text, sees),
         "unrelated": kept is not None and kept < settings.min_overlap,
         "too_short": count < settings.min_words,
         "too_long": most is not None and count > most,

@@ -83,18 +83,21 @@ def judge(
         text = clean(answer.text)
         text = clean(trimmed(text)) if settings.trim else text
         most = prompt.max_words
-        return Verdict(text, None, examine(text, settings, original, answer.truncated, most))
+        return Verdict(
+            text, None, examine(text, settings, original, answer.truncated, most, prompt.sees)
+        )
     parts = read_parts(answer.text, prompt)
     if parts is None:
         # Why there is none is told beside it.
-        found = examine(clean(answer.text), settings)
+        found = examine(clean(answer.text), settings, sees=prompt.sees)
         flags = {"bad_json", *(f for f in found.flags if f in ("empty", "refusal"))}
         flags |= {"truncated"} if answer.truncated else set()
         return Verdict("", None, _with_flags(found, flags))
     if settings.trim:
         parts |= {kind: clean(trimmed(parts[kind])) for kind in prompt.captions}
     each = {
-        kind: examine(parts[kind], settings, original, answer.truncated) for kind in prompt.captions
+        kind: examine(parts[kind], settings, original, answer.truncated, None, prompt.sees)
+        for kind in prompt.captions
     }
     flags = {flag for checked in each.values() for flag in checked.flags}
     captions = [{"kind": kind, "text": parts[kind]} for kind in prompt.captions]

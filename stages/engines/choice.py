@@ -6,10 +6,11 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.base import Speed, StageError, StageSettings
 from stages.devices import check_device
@@ -36,6 +37,25 @@ _SPEED_ARGS = {
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,39}")
 
 
+class PriceSettings(BaseModel):
+    """What a server takes for its tokens, in money for a million of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: float = Field(ge=0, description="tokens of prompts")
+    output: float = Field(ge=0, description="tokens of answers")
+    cached: float | None = Field(
+        None, ge=0, description="of the prompts' tokens those that the server had cached"
+    )
+
+    def of(self, amounts: Mapping[str, float]) -> float:
+        """What these tokens cost."""
+        cached = amounts.get("cached_tokens", 0)
+        fresh = amounts.get("prompt_tokens", 0) - cached
+        rate = self.input if self.cached is None else self.cached
+        return (fresh * self.input + cached * rate + amounts.get("tokens", 0) * self.output) / 1e6
+
+
 class EngineSettings(StageSettings):
     """How a model is asked."""
 
@@ -47,7 +67,7 @@ class EngineSettings(StageSettings):
     )
     revision: str | None = Field(None, description="of the model on the hub; a commit is exact")
     max_tokens: int = Field(256, ge=1, description="of an answer")
-    temperature: float = Field(0.0, ge=0, le=5, description="0: always the likeliest token")
+    temperature: float = Field(0.0, ge=0, le=2, description="0: always the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="share of probability that is drawn from")
     seed: int = Field(0, description="of sampling; each clip draws from its own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -73,6 +93,11 @@ class EngineSettings(StageSettings):
     timeout: Speed[float] = Field(120.0, gt=0, description="openai: seconds for an answer")
     retries: Speed[int] = Field(4, ge=0, description="openai: further tries after a passing fault")
     backoff: Speed[float] = Field(1.0, ge=0, description="openai: seconds before the second try")
+    price: Speed[PriceSettings | None] = Field(
+        None,
+        description="openai: money for a million tokens, `{input: 0.15, output: 0.60}`, and "
+        "`cached`, of prompts; default: as input. Tells the cost, nothing else",
+    )
 
     @model_validator(mode="after")
     def _reachable(self) -> EngineSettings:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from manifests import log as logs
-from manifests.log import Commit, Counts, History, Log, standing
+from manifests.log import Commit, Counts, History, Log, line_of, standing
 from manifests.store import Store, StoreError
 
 TABLE = pa.table({"clip_id": ["a", "b"], "n": [1, 2], "blob": pa.array([b"x" * 9, b"y"])})
@@ -46,6 +46,19 @@ def test_a_commit_survives_json() -> None:
     counts = Counts(total=2, rejected={"length": 1}, pending=1)
     commit = Commit(3, "abc", "state", counts, "abc.parquet", "00ff", 7, 2, {"read": 0.1}, 5.0)
     assert Commit.from_json(commit.to_json()) == commit
+
+
+def test_amounts_are_kept_and_older_commits_have_none(store: Store) -> None:
+    log = Log(store, "recaption", "f00")
+    spent = {"tokens": 12, "prompt_tokens": 90}
+    commit = log.append("u1", 0, "s", Counts(), TABLE, {"process": 1.0}, amounts=spent)
+    assert commit is not None and commit.amounts == spent
+    assert log.commits("u1") == [commit]
+    (again,) = json.loads(line_of("u1", [commit]))["commits"]
+    assert Commit.from_values(again) == commit
+    plain = log.append("u2", 0, "s", Counts(), None)
+    assert plain is not None and b"amounts" not in plain.to_json()
+    assert Commit.from_json(plain.to_json()).amounts == {}
 
 
 def test_a_damaged_commit_is_named(store: Store) -> None:

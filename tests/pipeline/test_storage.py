@@ -89,6 +89,7 @@ workdir: WORKDIR
 source: {kind: folder, path: VIDEOS}
 sampling: {fps: 16, frames: 64, size: 64, fit: crop}
 filter: {rules: {length: "len == 64"}}
+score: {enabled: false}
 recaption: {enabled: false}
 encode: {vae: "demo://vae"}
 """

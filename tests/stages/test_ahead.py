@@ -102,3 +102,29 @@ def test_closing_ends_threads_that_wait_for_room() -> None:
     items.close()
     assert ended.is_set()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(("threads", "most"), [(1, 100), (4, 100), (4, 1)])
+def test_all_items_of_each_source_come_where_order_is_no_matter(threads: int, most: int) -> None:
+    items = ahead(
+        range(30), squares, lambda item: 1, threads=threads, depth=8, most=most, ordered=False
+    )
+    found = list(items)
+    for source in range(30):
+        assert [item for n, item in found if n == source] == [*squares(source), None]
+    assert len(found) == sum(source % 4 + 1 for source in range(30))
+
+
+def test_a_slow_source_holds_up_nobody() -> None:
+    gate = threading.Event()
+
+    def make(source: int) -> Generator[int]:
+        assert source or gate.wait(20)
+        yield source
+
+    items = ahead(range(9), make, lambda item: 1, threads=2, depth=4, most=9, ordered=False)
+    with closing(items):
+        first = [next(items) for _ in range(2 * 8)]
+        assert [n for n, item in first if item is None] == list(range(1, 9))
+        gate.set()
+        assert list(items) == [(0, 0), (0, None)]

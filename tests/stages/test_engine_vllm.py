@@ -1,13 +1,11 @@
-"""The real engine where vLLM is installed (`pip install 'vidpipe[vllm]'`, or a CPU build of it);
-everywhere, our side of its interface against a stand-in that answers with the prompt."""
+"""Our side of vLLM's interface against a stand-in that answers with the prompt; vLLM itself has
+its tests in `on_vllm`."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,9 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import stages
-from stages.base import Context, StageError
-from stages.demo.shapes import caption, named, scene
+from stages.base import StageError
 from stages.engines.base import (
     Answer,
     EngineFailure,
@@ -27,42 +23,6 @@ from stages.engines.base import (
     ask,
 )
 from stages.engines.vllm import VllmEngine
-from stages.recaption import Recaption, RecaptionSettings
-
-CAPTIONER = Path(stages.__file__).parent / "demo" / "captioner"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-@pytest.mark.skipif(not CAPTIONER.is_dir(), reason="the demo's captioner is not here")
-def test_vllm_rewrites_through_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    settings = RecaptionSettings(
-        engine="vllm",
-        model="demo://captioner",
-        max_tokens=96,
-        max_model_len=512,
-        engine_args={"enforce_eager": True, "max_num_seqs": 16, "gpu_memory_utilization": 0.3},
-    )
-    stage = Recaption(settings, Context("/work"))
-    stage.check()
-    engine = stage.setup()
-    rows = [{"clip_id": str(s), "caption": caption(scene(s))} for s in range(16)]
-    outcomes = stage.process(rows, engine)
-    facts = [(one.shape, one.colour, one.direction) for one in map(scene, range(16))]
-    assert sum(named(o["recaption"]) == f for o, f in zip(outcomes, facts)) >= 15
-    assert not any(o["recaption_truncated"] for o in outcomes)
-    requests = [Request("x " * 2000, 1), Request(rows[0]["caption"], 1)]
-    failed, cut = ask(engine, requests, SamplingSettings(max_tokens=2))
-    assert isinstance(failed, EngineFailure)
-    assert failed.error == "prompt_too_long"
-    assert (cut.tokens, cut.truncated) == (2, True)
-    core = engine._llm.llm_engine.engine_core.resources.engine_manager.processes[0]
-    assert core.is_alive()
-    engine.close()
-    core.join(20)
-    assert not core.is_alive()
-
 
 PLACES = 4  # tokens that pictures take
 
@@ -183,6 +143,7 @@ def test_our_side_of_the_interface(stand_in: type[StandIn]) -> None:
         "enable_prefix_caching": True,
         "seed": 3,
         "max_num_seqs": 4,
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
     requests = [Request("x" * 16, 1), Request("dog", 2), Request("y" * 99, 3), Request("house", 4)]
     long, dog, longer, house = ask(engine, requests, SamplingSettings(max_tokens=5))
@@ -292,8 +253,9 @@ def seeing(stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch) -> VllmEngi
     return VllmEngine("folder", "label", "auto", 20, {"max_num_seqs": 4}, {}, {"image": 2})
 
 
-def pictures(n: int, video: bool = False) -> Pictures:
-    frames = np.stack([np.full((4, 6, 3), 20 * i, np.uint8) for i in range(n)])
+def pictures(n: int, video: bool = False, dark: bool = True) -> Pictures:
+    greys = [20 * i if dark else 250 - 20 * i for i in range(n)]
+    frames = np.stack([np.full((20, 30, 3), grey, np.uint8) for grey in greys])
     return Pictures(frames, 2.0, video)
 
 
@@ -308,7 +270,7 @@ def test_pictures_go_along_in_order(seeing: VllmEngine) -> None:
     images, videos = seeing._llm.media
     assert [np.asarray(one)[0, 0, 0] for one in images["image"]] == [0, 20]
     ((frames, facts),) = videos["video"]
-    assert frames.shape == (2, 4, 6, 3)
+    assert frames.shape == (2, 20, 30, 3)
     assert (facts["fps"], facts["duration"], facts["do_sample_frames"]) == (2.0, 1.0, False)
 
 

@@ -236,6 +236,20 @@ def test_only_what_changes_results_is_in_the_fingerprint() -> None:
     assert len({base, *(stage.fingerprint for stage in others)}) == len(others) + 1
 
 
+def test_no_engine_is_asked_for_a_temperature_that_it_refuses() -> None:
+    """vLLM and OpenAI take none over 2."""
+    for settings in ({"temperature": 2.1}, {"quality": {"retry_temperature": 2.1}}):
+        with pytest.raises(ValidationError, match="less than or equal to 2"):
+            RecaptionSettings(engine="transformers", **settings)
+
+
+def test_json_of_vllm_is_another_since_it_is_compact() -> None:
+    settings = {"preset": "structured", "max_tokens": 1000, "model": "demo://captioner"}
+    assert make(engine="vllm", **settings).identity()["settings"]["json"] == "compact"
+    assert "json" not in make(engine="transformers", **settings).identity()["settings"]
+    assert "json" not in make(engine="vllm").identity()["settings"]
+
+
 def test_the_key_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = make(api_key_env="VIDPIPE_TEST_KEY")
     monkeypatch.delenv("VIDPIPE_TEST_KEY", raising=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pyarrow as pa
 
-from stages.base import Outcome, Rejected, Resources, Row, Speed, Stage, StageSettings, count
+from stages.base import Outcome, Rejected, Resources, Row, Speed, Stage, StageSettings, count, tell
 
 
 def nap(row: Row, pace: float = 1.0) -> None:
@@ -79,6 +80,18 @@ class Dream(Stage[DreamSettings, str]):
 
 class KeepSettings(StageSettings):
     pass
+
+
+class Where(Stage[StageSettings, None]):
+    """Tells what its worker has of the machine."""
+
+    name = "where"
+    reads = ("caption",)
+
+    def process(self, rows: list[Row], model: None) -> list[Outcome]:
+        threads, gpus = (os.environ.get(n) for n in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"))
+        tell(f"{len(os.sched_getaffinity(0))} cores, {threads} threads, GPUs {gpus!r}")
+        return [{} for _ in rows]
 
 
 class Keep(Stage[KeepSettings, None]):

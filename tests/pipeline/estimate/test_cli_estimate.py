@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, project
+from commands import ROOT, Command, project, until
 
 HERE = Path(__file__).parent
 FIGURE = {"value", "low", "high"}
@@ -129,6 +131,19 @@ def test_a_stage_that_raises_ends_with_1_and_its_trace(toys: Path) -> None:
     assert "note: dream raised ZeroDivisionError: a fault of the stage" in done.stderr
     assert "in process" in done.stderr  # the trace
     assert any(line.startswith("nap ") for line in done.stdout.splitlines())
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = project(tmp_path / "p", ["300 keep"] * 60, ["nap=naps:Nap"])
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = Command(folder, "estimate", path=[HERE], env={"TMPDIR": str(temporary)})
+    until(lambda: list(temporary.glob("vidpipe-estimate-*/work/source/pool/*")))
+    time.sleep(1.0)
+    command.signal(signal.SIGINT)
+    assert command.wait(30) == 130, command.said
+    assert not list(temporary.glob("vidpipe-*")) and not (folder / "work").exists()
+    until(lambda: not command.left(), 10)
 
 
 REAL = """\

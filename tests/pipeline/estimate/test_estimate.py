@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from naps import Dream, Gate, Keep, Nap, Open
+from naps import Dream, Gate, Keep, Nap, Open, Where
+from s3_faults import BUCKET, Proxy
 from toys import Echo, Length, Limit, Shout, Words, pipeline
 
 from manifests.credentials import Credentials
@@ -266,9 +269,6 @@ def test_no_room_for_the_sample(
 
 
 def test_secrets_of_the_sample_are_forgotten(tmp_path: Path) -> None:
-    import json
-    import os
-
     rows = [
         {"path": f"https://u:p{i}@h.invalid/{i}.mp4?token=s{i}", "text": "1 keep"}
         for i in range(20)
@@ -291,3 +291,33 @@ def test_the_sample_is_run_by_a_process_of_its_own(tmp_path: Path) -> None:
     p = pipeline(tmp_path, ["1 keep"] * 12, (Nap, Gate, Dream), run={"isolate": True})
     found = looked(p, clips=12)
     assert of(found, "dream").tried.kept == 12 and of(found, "dream").tried.total == 12
+
+
+def test_a_worker_has_its_share_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    cores = os.sched_getaffinity(0)
+    told = []
+    for runner in ("ray", "local"):
+        p = pipeline(tmp_path, ["1 keep"] * 4, (Where,), run={"runner": runner, "isolate": True})
+        report = Heard()
+        looked(p, clips=4, report=report)
+        told.append(report.notes)
+    assert told == [
+        ["1 cores, 1 threads, GPUs ''"],
+        [f"{len(cores)} cores, None threads, GPUs None"],
+    ]
+    assert os.sched_getaffinity(0) == cores and "OMP_NUM_THREADS" not in os.environ
+
+
+def test_a_workdir_on_s3_is_only_read(tmp_path: Path, s3: Proxy) -> None:
+    made = pipeline(tmp_path, naps(30, 1), (Nap, Gate, Dream))
+    p = build(replace(made.config, workdir=f"s3://{BUCKET}/work"))
+    run(p, ["nap"], Retry(), Reporter())
+    before = p.store.listing("")
+    found = looked(p, clips=30)
+    assert [stage.name for stage in found.stages] == ["gate", "dream"]
+    assert of(found, "gate").tried.total == 30
+    assert p.store.listing("") == before

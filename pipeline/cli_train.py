@@ -1,0 +1,104 @@
+"""`vidpipe train` and `sample`. Thin shells, like those of `pipeline.cli`."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.cli_options import load, with_config
+
+
+@click.command()
+@with_config
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Of the whole run, resumed.")
+@click.option("--output", metavar="DIR", help="Checkpoints and logs; default: WORKDIR/train.")
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Of each node; default: all.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of each node, without GPUs; default: 1.",
+)
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Machines, with --launcher slurm or print.",
+)
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "slurm", "print"]),
+    default="local",
+    show_default=True,
+    help="local: here and now; slurm: print a batch script; print: what to run on each node.",
+)
+@click.option("--submit", is_flag=True, help="With --launcher slurm: hand the script to sbatch.")
+@click.option(
+    "--sbatch", multiple=True, metavar="OPTION", help="For the script: --sbatch=--partition=gpu."
+)
+@click.option("--head", metavar="HOST[:PORT]", help="With --launcher print: the first node.")
+@click.option(
+    "--accelerate", metavar="FILE", help="A configuration of accelerate: FSDP, DeepSpeed."
+)
+def train(
+    file: str,
+    overrides: tuple[str, ...],
+    steps: int | None,
+    output: str | None,
+    gpus: int | None,
+    processes: int | None,
+    nodes: int,
+    launcher: str,
+    submit: bool,
+    sbatch: tuple[str, ...],
+    head: str | None,
+    accelerate: str | None,
+) -> None:
+    """Train on the latents and captions that are ready, from the last checkpoint on."""
+    from pipeline import launching, training
+    from pipeline.config import ConfigError
+
+    if launcher == "local" and nodes > 1:
+        raise ConfigError(
+            f"--nodes {nodes} are more than this machine: --launcher slurm writes a batch script, "
+            "--launcher print says what to run on each"
+        )
+    if (submit or sbatch) and launcher != "slurm":
+        raise ConfigError("--submit and --sbatch go with --launcher slurm")
+    fleet = launching.fleet(gpus, processes, nodes, accelerate, head, here=launcher == "local")
+    settings = training.prepare(load(file, overrides), steps, output)
+    words = (launching.TRAINER, "--config", str(settings.resolve()))
+    code = 0
+    if launcher == "local":
+        code = launching.call(fleet.command(*words), fleet.environment)
+    elif launcher == "print":
+        click.echo(launching.by_hand(fleet, *words), nl=False)
+    else:
+        script = settings.with_name("slurm.sh")
+        folder = settings.parent.resolve()
+        script.write_text(launching.slurm_script(fleet, folder, sbatch, *words))
+        click.echo(script.read_text() if not submit else str(script))
+        code = launching.submit(script) if submit else 0
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+@click.command()
+@with_config
+@click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT")
+@click.option("--out", required=True, metavar="FILE", help="A .gif, .mp4 or .png.")
+@click.option("--checkpoint", metavar="DIR", help="Default: the last one of WORKDIR/train.")
+def sample(
+    file: str,
+    overrides: tuple[str, ...],
+    prompts: tuple[str, ...],
+    out: str,
+    checkpoint: str | None,
+) -> None:
+    """Make videos of prompts with a trained model."""
+    from pipeline.training import sample as launch
+
+    code = launch(load(file, overrides), list(prompts), out, checkpoint)
+    if code:
+        raise click.exceptions.Exit(code)

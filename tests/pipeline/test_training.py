@@ -1,0 +1,67 @@
+"""What `vidpipe train` hands over: settings that the trainer takes, and that its latents meet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manifests.shards import LatentSpec
+from pipeline import training
+from pipeline.config import parse
+from pipeline.dag import build
+from trainer.config import SettingsError, parse_settings
+from trainer.expected import check_expected
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {},
+    {"size": [64, 96], "frames": 16, "fps": 12.5},
+    {"policy": "seed", "windows": 3},
+    {"policy": "interval", "interval": 3, "fps": 99},
+    {"buckets": [[17, 64, 96], [17, 96, 64], [9, 96, 96]], "frames": 5},
+]
+
+
+def pipeline(folder: Path, sampling: dict[str, Any], **more: Any) -> Any:
+    values = {
+        "workdir": "work",
+        "source": {"kind": "folder", "path": "."},
+        "sampling": sampling,
+        "encode": {"vae": "demo://vae"},
+        "recaption": {"enabled": False},
+        **more,
+    }
+    return build(parse(json.dumps(values), str(folder / "vidpipe.yaml")))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_latents_meet_what_their_own_sampling_expects(
+    sampling: dict[str, Any], tmp_path: Path
+) -> None:
+    made = pipeline(tmp_path, sampling)
+    settings = parse_settings(training.settings(made))
+    # As the stage encode stores it; what has no effect may have been otherwise then.
+    idle = {"fps": 1.0} if sampling.get("policy") == "interval" else {"interval": 77}
+    told = made.config.sampling.model_dump(mode="json") | idle
+    if "buckets" in sampling:
+        told |= {"frames": 1, "size": 2}
+
+    def spec(**other: Any) -> LatentSpec:
+        return LatentSpec("v", "c", "s", "f", True, 4, 1, 8, [], [], told | other)
+
+    check_expected(settings.expect, spec())
+    for other in ({"policy": "time" if sampling.get("policy") == "seed" else "seed"},):
+        with pytest.raises(SettingsError, match=r"train\.expect\.policy is .* made with"):
+            check_expected(settings.expect, spec(**other))
+    shapes = {"buckets": [{"frames": 1, "height": 8, "width": 8}]}
+    with pytest.raises(SettingsError, match=r"train\.expect\.buckets is .* made with \[\[1, 8, 8"):
+        check_expected(settings.expect, spec(**shapes))
+
+
+def test_what_the_user_expects_comes_first(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, {}, train={"expect": {"fps": 3}, "steps": 5})
+    chosen = training.settings(made, steps=7)
+    assert chosen["expect"] == {"fps": 3} and chosen["steps"] == 7
+    assert chosen["output"] == f"{made.config.workdir}/train"

@@ -1,0 +1,50 @@
+"""Training on two processes (gloo), against one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import TrainSettings
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ((4, 4, 2, 2), (4, 4, 2, 4), (4, 2, 4, 2))
+
+
+def run(settings: TrainSettings, file: Path, processes: int) -> dict[int, float]:
+    """The losses by step."""
+    file.write_text(settings.model_dump_json())
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *several * (processes > 1)]
+    done = subprocess.run(
+        [*command, "-m", "trainer.train", "--config", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{processes} x cpu" in done.stderr
+    lines = [line.split() for line in done.stderr.splitlines() if line.startswith("step ")]
+    return {int(words[1].split("/")[0]): float(words[3]) for words in lines}
+
+
+def test_one_process_goes_on_where_two_stopped(
+    make_index: Any, settings_of: Any, tmp_path: Path
+) -> None:
+    """Shapes, order, noise and losses are those of one process from the start to the end."""
+    made = make_index(sizes=(20, 10), shape=lambda n: SHAPES[0 if n % 10 < 6 else 1 + n % 2])
+    file = tmp_path / "settings.json"
+    common = {"learning_rate": 1e-2, "caption_dropout": 0.5}
+    alone = run(settings_of(made, output=str(tmp_path / "alone"), **common), file, 1)
+    losses = run(settings_of(made, steps=3, batch_size=2, **common), file, 2)
+    losses |= run(settings_of(made, steps=6, **common), file, 1)
+    assert list(losses) == [1, 2, 3, 4, 5, 6] == list(alone)
+    assert len(set(alone.values())) == 6
+    assert losses == pytest.approx(alone, rel=2e-3)
