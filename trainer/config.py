@@ -94,12 +94,38 @@ class TrainSettings(Section):
     steps: int = Field(1000, ge=1, description="optimiser steps of the whole run")
     batch_size: int = Field(8, ge=1, description="clips of one process in one forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes that make one step")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's, after the warm-up")
-    warmup: int = Field(
-        50, ge=0, description="steps over which the rate rises from 0; then constant"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_offload", "prodigy"] = Field(
+        "adamw",
+        description="adamw (fused on a GPU); adamw_8bit: its state in 8 bits (bitsandbytes); "
+        "adamw_offload: its state and step on the CPU (torchao), without grad_clip; prodigy: finds "
+        "the rate itself (prodigyopt)",
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
-    grad_clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+    learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; prodigy's is 1")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the rate after the warm-up; cosine: to 0 at the last step"
+    )
+    warmup: int = Field(50, ge=0, description="steps over which the rate rises from 0")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.99), description="of the optimiser's averages: gradients, and their squares"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="of matrices only")
+    grad_clip: float | None = Field(
+        1.0, gt=0, description="the gradient's norm is cut to this; null: not at all"
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keeps a moving average of the weights, which samples and the trained model "
+        "are of: its largest decay, 0.9999 say",
+    )
+    ema_power: float = Field(
+        2 / 3,
+        gt=0,
+        le=1,
+        description="the average's decay after n steps is at most 1 - (1 + n) ** -power; 3/4 for "
+        "short runs, 1: the plain mean",
+    )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, else no"
     )
@@ -183,6 +209,21 @@ class TrainSettings(Section):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         self._check_objective()
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, but prodigy finds the rate itself and "
+                "multiplies it by this: set it to 1"
+            )
+        if self.optimizer == "adamw_offload" and self.grad_clip is not None:
+            raise ValueError(
+                "optimizer is adamw_offload, which has taken gradients to the CPU before they can "
+                "be clipped: set grad_clip to null, or optimizer to adamw_8bit"
+            )
+        if self.optimizer == "adamw_offload" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "optimizer is adamw_offload, which does not unscale gradients of fp16: set "
+                "mixed_precision to bf16"
+            )
         if self.captions and not any(self.captions.values()):
             raise ValueError(
                 f"captions is {self.captions}: one of the weights must be above 0, or leave it out"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer import families, lora
+from trainer import ema, families, lora
 from trainer.config import DiTSettings, FamilySettings, ModelConfig, TextSettings
 from trainer.families import Family
 from trainer.objectives import TIMESTEPS
@@ -253,14 +253,17 @@ def save(
 
 
 def load(folder: Path) -> tuple[VideoDiT | Family, ModelConfig]:
-    """The model of an export or of a checkpoint, on the CPU, ready to sample. Raises
-    FileNotFoundError, and SettingsError where adapters' own network is not there."""
+    """The model of an export or of a checkpoint, on the CPU, ready to sample; of weights that
+    were averaged, the average. Raises FileNotFoundError, and SettingsError where adapters' own
+    network is not there."""
     config = ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
     model = build(config)
     if isinstance(model, Family) and not (folder / WEIGHTS).exists():
         model.restore(folder)
     else:
         found = load_file(folder / WEIGHTS)
+        if (folder / ema.FILE).exists():
+            found |= load_file(folder / ema.FILE)
         model.load_state_dict(found, strict=not adapted(config))
     return model.eval(), config
 

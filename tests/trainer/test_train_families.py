@@ -15,7 +15,8 @@ from trainer import models
 from trainer.checkpoint import CheckpointError
 from trainer.config import SettingsError
 from trainer.data import Loader
-from trainer.train import Traits, clip_losses, train
+from trainer.losses import Traits, clip_losses
+from trainer.train import train
 
 
 def family(kind: str, **values: Any) -> dict[str, Any]:
