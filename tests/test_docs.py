@@ -14,7 +14,14 @@ from pipeline import reference
 from pipeline.cli import cli
 from stages import builtin
 from stages.base import Context
-from trainer.config import DiTSettings, Expect, TextSettings, TrainSettings
+from trainer.config import (
+    DiTSettings,
+    Expect,
+    FamilySettings,
+    LoraSettings,
+    TextSettings,
+    TrainSettings,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -27,7 +34,9 @@ def test_the_page_of_settings_is_the_code() -> None:
     )
 
 
-@pytest.mark.parametrize("model", [TrainSettings, DiTSettings, TextSettings, Expect])
+@pytest.mark.parametrize(
+    "model", [TrainSettings, DiTSettings, FamilySettings, LoraSettings, TextSettings, Expect]
+)
 def test_every_training_setting_is_explained(model: type[BaseModel]) -> None:
     page = (DOCS / "training.md").read_text()
     missing = [

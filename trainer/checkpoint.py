@@ -1,9 +1,10 @@
 """Checkpoints: saved whole or not at all, found again by themselves, refused where they do not fit.
 
 `<output>/checkpoint-<step>` holds what accelerate saves (model, optimiser, scaler, generators), the
-model's `config.json`, and `trainer.json`: the step, the loader's position, and the size of every
-file. It is written under another name and renamed when it is complete; `last.json` names it after
-that. The learning rate needs no state, as it follows from the step.
+model's `config.json`, the average of its weights where one is kept, and `trainer.json`: the step,
+the loader's position, and the size of every file. It is written under another name and renamed when
+it is complete; `last.json` names it after that. The learning rate needs no state, as it follows
+from the step.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from trainer import models
 from trainer.config import ModelConfig
+from trainer.ema import Ema
+from trainer.lora import is_adapter
 from trainer.order import Position
 
 STATE = "trainer.json"
@@ -48,6 +51,7 @@ def save(
     position: Position,
     config: ModelConfig,
     keep: int,
+    ema: Ema | None = None,
 ) -> Path:
     """Saves the state of all processes, deletes all but the `keep` newest, returns the folder.
 
@@ -63,6 +67,8 @@ def save(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (part / models.CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if ema is not None:
+            ema.save(part)
         files = {str(f.relative_to(part)): f.stat().st_size for f in part.rglob("*") if f.is_file()}
         state = {"step": step, "position": position.to_json(), "files": files}
         _write(part / STATE, state)
@@ -114,24 +120,37 @@ def restore(accelerator: Accelerator, checkpoint: Checkpoint, config: ModelConfi
             f"{checkpoint.folder} holds another model than train describes: {'; '.join(wrong)}. "
             "Set train.output to a new folder, or put the settings back"
         )
-    accelerator.load_state(str(checkpoint.folder))
+    accelerator.load_state(str(checkpoint.folder), strict=not models.adapted(config))
     # It counts forward passes since ever; a checkpoint lies between two steps, and the number of
     # passes to a step may have changed.
     accelerator.step = 0
 
 
-def export(accelerator: Accelerator, model: nn.Module, config: ModelConfig, folder: Path) -> None:
-    """Writes the model alone, safetensors and config.json, to `folder` in place of what is there.
-    All processes call it."""
+def export(
+    accelerator: Accelerator,
+    model: nn.Module,
+    config: ModelConfig,
+    folder: Path,
+    ema: Ema | None = None,
+) -> None:
+    """Writes the model alone, safetensors and config.json, to `folder` in place of what is there;
+    with the average of its weights, where there is one. All processes call it."""
     state = accelerator.get_state_dict(model)
+    if ema is not None:
+        state = {**state, **ema.state()}
     if accelerator.is_main_process:
         part = folder.with_name(folder.name + PART)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        models.save(state, config, part)
+        models.save(accelerator.unwrap_model(model), state, config, part)
         _remove(folder)
         part.rename(folder)
     accelerator.wait_for_everyone()
+
+
+def adapters_only(weights: list[dict[str, Tensor]]) -> None:
+    """Leaves of the states to be saved the adapters alone: the rest is as it came."""
+    weights[:] = [{k: v for k, v in state.items() if is_adapter(k)} for state in weights]
 
 
 def _steps(output: Path) -> list[int]:

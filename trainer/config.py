@@ -9,42 +9,35 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from trainer.sections import (
+    MODELS,
+    DiTSettings,
+    FamilySettings,
+    LoraSettings,
+    Model,
+    Section,
+    SettingsError,
+)
 
-class SettingsError(Exception):
-    """The settings cannot be used: the message names the key, its value and what is allowed."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DiTSettings(_Section):
-    """The small video DiT of `trainer.models`."""
-
-    kind: Literal["dit"] = Field("dit", description="the model's family")
-    width: int = Field(128, ge=16, le=8192, description="channels of a token")
-    depth: int = Field(4, ge=1, le=128, description="transformer blocks")
-    heads: int = Field(4, ge=1, le=128, description="attention heads; they divide width")
-    patch: tuple[int, int, int] = Field(
-        (4, 2, 2), description="latent frames, rows and columns that make one token"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads}"
-            )
-        if min(self.patch) < 1:
-            raise ValueError(f"patch {list(self.patch)} must be three numbers of at least 1")
-        return self
+__all__ = [
+    "DiTSettings",
+    "Expect",
+    "FamilySettings",
+    "LoraSettings",
+    "ModelConfig",
+    "SettingsError",
+    "TextSettings",
+    "TrainSettings",
+    "load_settings",
+    "parse_settings",
+]
 
 
-class TextSettings(_Section):
+class TextSettings(Section):
     """What the model is told of captions: by an encoder trained with it, or by stored ones."""
 
     kind: Literal["words", "bytes", "stored"] = Field(
@@ -58,7 +51,7 @@ class TextSettings(_Section):
     buckets: int = Field(8192, ge=256, le=2**22, description="rows of the table of hashed words")
 
 
-class Expect(_Section):
+class Expect(Section):
     """What latents and text embeddings must have been made with; what is left out is not checked.
     `size`, a side or [height, width], stands for both."""
 
@@ -92,7 +85,7 @@ class Expect(_Section):
         return values
 
 
-class TrainSettings(_Section):
+class TrainSettings(Section):
     """Everything that decides a training run."""
 
     index: str = Field(description="URL of the index that `vidpipe run` writes")
@@ -101,15 +94,45 @@ class TrainSettings(_Section):
     steps: int = Field(1000, ge=1, description="optimiser steps of the whole run")
     batch_size: int = Field(8, ge=1, description="clips of one process in one forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes that make one step")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's, after the warm-up")
-    warmup: int = Field(
-        50, ge=0, description="steps over which the rate rises from 0; then constant"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_offload", "prodigy"] = Field(
+        "adamw",
+        description="adamw (fused on a GPU); adamw_8bit: its state in 8 bits (bitsandbytes); "
+        "adamw_offload: its state and step on the CPU (torchao), without grad_clip; prodigy: finds "
+        "the rate itself (prodigyopt)",
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
-    grad_clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+    learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; prodigy's is 1")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the rate after the warm-up; cosine: to 0 at the last step"
+    )
+    warmup: int = Field(50, ge=0, description="steps over which the rate rises from 0")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.99), description="of the optimiser's averages: gradients, and their squares"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="of matrices only")
+    grad_clip: float | None = Field(
+        1.0, gt=0, description="the gradient's norm is cut to this; null: not at all"
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keeps a moving average of the weights, which samples and the trained model "
+        "are of: its largest decay, 0.9999 say",
+    )
+    ema_power: float = Field(
+        2 / 3,
+        gt=0,
+        le=1,
+        description="the average's decay after n steps is at most 1 - (1 + n) ** -power; 3/4 for "
+        "short runs, 1: the plain mean",
+    )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, else no"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="computes activations twice rather than keep them: less memory, slower"
+    )
+    compile: bool = Field(False, description="compiles the model (torch.compile), per shape")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, noise and dropout")
 
     objective: Literal["epsilon", "v_prediction", "flow"] = Field(
@@ -179,13 +202,28 @@ class TrainSettings(_Section):
     log_every: int = Field(10, ge=1, description="steps between lines on the console")
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
 
-    model: DiTSettings = Field(default_factory=DiTSettings, description="the model")
+    model: Model = Field(default_factory=DiTSettings, description="the model")
     text: TextSettings = Field(default_factory=TextSettings, description="the captions")
     expect: Expect = Field(default_factory=Expect, description="checks against the index")
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         self._check_objective()
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, but prodigy finds the rate itself and "
+                "multiplies it by this: set it to 1"
+            )
+        if self.optimizer == "adamw_offload" and self.grad_clip is not None:
+            raise ValueError(
+                "optimizer is adamw_offload, which has taken gradients to the CPU before they can "
+                "be clipped: set grad_clip to null, or optimizer to adamw_8bit"
+            )
+        if self.optimizer == "adamw_offload" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "optimizer is adamw_offload, which does not unscale gradients of fp16: set "
+                "mixed_precision to bf16"
+            )
         if self.captions and not any(self.captions.values()):
             raise ValueError(
                 f"captions is {self.captions}: one of the weights must be above 0, or leave it out"
@@ -242,10 +280,10 @@ class TrainSettings(_Section):
         return self.timesteps
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """What a saved model is, beside its weights: `config.json` of a checkpoint and of an export."""
 
-    model: DiTSettings = Field(description="the model's sizes")
+    model: Model = Field(description="the model's family and sizes")
     text: TextSettings = Field(description="the text encoder's sizes")
     objective: Literal["epsilon", "v_prediction", "flow"] = Field(description="what it predicts")
     schedule: Literal["scaled_linear", "cosine"] = Field(description="its noise schedule")
@@ -256,13 +294,18 @@ class ModelConfig(_Section):
         None, description="the TextSpec of stored embeddings: encoder, width, length"
     )
 
+    arch: dict[str, Any] | None = Field(
+        None, description="of a network of diffusers: its own config.json"
+    )
+
     def differences(self, other: ModelConfig) -> list[str]:
         """Why weights of `other` do not fit: "model.width is 128, not 256". Empty: they do."""
         names = ("vae_sha256", "channels", "shift", "scale")
         texts = ("encoder_sha256", "width", "padding")
         ours, theirs = (
             {
-                **{f"model.{k}": v for k, v in config.model},
+                **_named(config.model),
+                **{f"model.config.{k}": v for k, v in (config.arch or {}).items()},
                 **{
                     f"text.{k}": v
                     for k, v in config.text
@@ -279,6 +322,15 @@ class ModelConfig(_Section):
         keys = dict.fromkeys([*ours, *theirs])
         pairs = {key: (ours.get(key), theirs.get(key)) for key in keys}
         return [f"{key} is {one}, not {two}" for key, (one, two) in pairs.items() if one != two]
+
+
+def _named(model: DiTSettings | FamilySettings) -> dict[str, Any]:
+    """What of a model's settings decides which weights fit, by their keys."""
+    values = {k: v for k, v in model if k not in ("config", "first_frame", "lora")}
+    lora = getattr(model, "lora", None)
+    if lora is not None:
+        values |= {"lora.rank": lora.rank, "lora.scale": lora.scale, "lora.targets": lora.targets}
+    return {f"model.{k}": v for k, v in values.items()}
 
 
 def load_settings(path: str | Path) -> TrainSettings:
@@ -302,7 +354,8 @@ def parse_settings(values: Any) -> TrainSettings:
 
 def _sentence(error: dict[str, Any]) -> str:
     *parents, key = [str(part) for part in error["loc"]] or [""]
-    name = ".".join(["train", *parents, key]).rstrip(".")
+    named = [part for part in (*parents, key) if part not in MODELS]
+    name = ".".join(["train", *named]).rstrip(".")
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] == "extra_forbidden":
         allowed = list(_fields(parents))
@@ -310,7 +363,7 @@ def _sentence(error: dict[str, Any]) -> str:
         guess = f"did you mean {near[0]}? " if near else ""
         return f"{name} is unknown: {guess}allowed are {', '.join(allowed)}"
     if error["type"] == "missing":
-        return f"{name} is missing: {TrainSettings.model_fields[key].description}"
+        return f"{name} is missing: {_fields(parents)[key].description}"
     if error["type"] == "value_error":
         return f"{name}: {reason}"
     return f"{name} is {json.dumps(error['input'], default=str)}: it must be {reason}"
@@ -320,5 +373,10 @@ def _fields(parents: list[str]) -> dict[str, Any]:
     """The fields of the section that the keys `parents` lead to."""
     section: type[BaseModel] = TrainSettings
     for part in parents:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
+        if part in MODELS:
+            section = MODELS[part]
+        elif part != "model":
+            annotation = section.model_fields[part].annotation
+            inner = [one for one in get_args(annotation) if one is not type(None)]
+            section = inner[0] if inner else annotation  # type: ignore[assignment]
     return dict(section.model_fields)

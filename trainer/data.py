@@ -22,7 +22,7 @@ from torch import Tensor
 
 from manifests.shards import Index, Latent, LatentSpec, ShardError, ShardFile
 from trainer.captions import Captions, Embeddings, padded
-from trainer.config import TrainSettings
+from trainer.config import FamilySettings, SettingsError, TrainSettings
 from trainer.expected import check_expected, check_latents, check_shapes, check_text
 from trainer.keys import keyed
 from trainer.order import Order, Position, Shape, Step
@@ -36,6 +36,13 @@ SHUFFLED = 8
 ROW_GROUP = 16 << 20  # bytes, as vidpipe writes them
 
 
+FIRST = "#first_frame"  # ends the name of a shard where its first frames are meant
+
+
+class FirstFrames(ShardFile):
+    """A shard of which the first frames are read."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one process trains on in one forward pass: B clips of one shape, on the CPU."""
@@ -47,16 +54,25 @@ class Batch:
     clip_ids: list[str]
     epochs: list[int]  # of each visit
     position: Position  # of the streams after this batch of all processes
+    stored_first: Tensor | None = None  # (B, C or 2C, 1, H, W): their first frames alone
 
     def latents(self, device: torch.device | str = "cpu") -> Tensor:
         """A sample of the posterior, normalised: (B, C, F, H, W) float32 on `device`. Each clip's
         is keyed on its visit: the same, on a device of this type, whenever it is asked for."""
+        return self._sample(self.stored, "posterior", device)
+
+    def first_frames(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """The same of the first frames: (B, C, 1, H, W); None where they were not asked for."""
+        if self.stored_first is None:
+            return None
+        return self._sample(self.stored_first, "first frame", device)
+
+    def _sample(self, stored: Tensor, purpose: str, device: torch.device | str) -> Tensor:
         generators = [
-            keyed("posterior", self.position.seed, epoch, clip, str(device))
+            keyed(purpose, self.position.seed, epoch, clip, str(device))
             for epoch, clip in zip(self.epochs, self.clip_ids)
         ]
-        there = self.stored.to(device, non_blocking=True)
-        return posterior_sample(there, self.spec, generators)
+        return posterior_sample(stored.to(device, non_blocking=True), self.spec, generators)
 
 
 class Loader:
@@ -88,6 +104,13 @@ class Loader:
             if settings.text.kind == "stored"
             else None
         )
+        model = settings.model
+        self.first_frames = isinstance(model, FamilySettings) and model.first_frame > 0
+        if self.first_frames and not index.facts.get("first_frame"):
+            raise SettingsError(
+                "train.model.first_frame is set, but the shards have no latents of first frames: "
+                "set encode.first_frame and `vidpipe run`, or leave train.model.first_frame out"
+            )
         shards = pc.dictionary_encode(table.column("shard")).combine_chunks()
         self.shards: list[str] = shards.dictionary.to_pylist()
         self.shard_of = shards.indices.to_numpy().astype(np.int64)
@@ -151,10 +174,15 @@ class Loader:
         if (texts := self.embeddings) is not None:
             places += [texts.place(clip) for clip in clips]
             size += texts.most_bytes
+        if self.first_frames:
+            places += [place._replace(shard=place.shard + FIRST) for place in places[: len(clips)]]
+            size += size // self.order.shapes[step.bucket][1]
         return Wanted(step, places, len(clips) * size)
 
     def _open(self, name: str) -> ShardFile:
-        file = ShardFile(self.index.workdir, name)
+        kind = FirstFrames if name.endswith(FIRST) else ShardFile
+        name = name.removesuffix(FIRST)
+        file = kind(self.index.workdir, name)
         if self.embeddings is not None and name in self.embeddings.shards:
             check_text(name, file.facts, self.embeddings.spec)
         else:
@@ -163,7 +191,8 @@ class Loader:
 
     def _rows(self, file: ShardFile, rows: list[int], copy: bool) -> Iterator[Row]:
         text = self.embeddings is not None and file.name in self.embeddings.shards
-        for found in file.embeddings(rows) if text else file.latents(rows):
+        first = isinstance(file, FirstFrames)
+        for found in file.embeddings(rows) if text else file.latents(rows, first):
             yield replace(found, data=memoryview(bytes(found.data))) if copy else found
 
     def _batch(self, step: Step, rows: list[Row]) -> Batch:
@@ -180,7 +209,15 @@ class Loader:
                 texts.append(self.embeddings.at(clip, clip_id, seed, epoch, row))
         values = stacked(latents, [f"latents of clip {clip_id}" for clip_id in ids], self.pin)
         embeddings = padded(texts, self.pin) if texts else None
-        return Batch(values, self.index.spec, captions, embeddings, ids, epochs, step.position)
+        first = None
+        if self.first_frames:
+            shape = self.order.shapes[step.bucket]
+            alone = (shape[0], 1, *shape[2:])
+            of = zip(step.visits, ids, rows[-count:])
+            frames = [self._checked(clip, name, row, alone) for (_, clip), name, row in of]
+            first = stacked(frames, [f"the first frame of clip {name}" for name in ids], self.pin)
+        spec = self.index.spec
+        return Batch(values, spec, captions, embeddings, ids, epochs, step.position, first)
 
     def _checked(self, clip: int, clip_id: str, row: Row, shape: Shape) -> Latent:
         """What was read for a clip. Raises ShardError where it is of another, or another shape."""

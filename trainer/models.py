@@ -2,7 +2,7 @@
 
 The DiT (Peebles & Xie 2023) cuts latents into patches of a few frames, rows and columns, puts text
 tokens before them and attends over both; the time and the pooled text modulate every block by
-adaLN-Zero. A new family is a class here with the same `forward`, and a line in `build`.
+adaLN-Zero. The networks of diffusers are in `families`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from trainer.config import ModelConfig, TextSettings
+from trainer import ema, families, lora
+from trainer.config import DiTSettings, FamilySettings, ModelConfig, TextSettings
+from trainer.families import Family
 from trainer.objectives import TIMESTEPS
 
 WEIGHTS = "model.safetensors"  # the name that accelerate gives them in a checkpoint as well
@@ -143,7 +146,8 @@ class VideoDiT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         model, channels = config.model, config.shape[0]
-        self.patch = model.patch
+        assert isinstance(model, DiTSettings)
+        self.patch, self.again = model.patch, False
         self.width = model.width
         values = channels * math.prod(model.patch)
         self.text = (
@@ -184,12 +188,19 @@ class VideoDiT(nn.Module):
 
         tokens = torch.cat([words.to(tokens.dtype), tokens], 1)
         for block in self.blocks:
-            tokens = block(tokens, condition, mask)
+            if self.again and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, mask, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition, mask)
         tokens = tokens[:, words.shape[1] :]
 
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, -1)
         out = self.unembed(self.norm(tokens) * (1 + scale) + shift)
         return self.unpatchify(out, grid)[..., : size[0], : size[1], : size[2]]
+
+    def checkpoint(self) -> None:
+        """Computes activations again in the backward pass rather than keeping them."""
+        self.again = True
 
     def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Latents to (B, N, values of a patch) and the grid (f, h, w) of patches, N = f h w."""
@@ -223,22 +234,46 @@ def positions(grid: tuple[int, int, int], width: int) -> Tensor:
     return torch.cat([sinusoid(axis.flatten(), n) for axis, n in zip(axes, shares)], 1)
 
 
-def build(config: ModelConfig) -> VideoDiT:
-    """A new model with weights from torch's global generator."""
-    return {"dit": VideoDiT}[config.model.kind](config)
+def build(config: ModelConfig) -> VideoDiT | Family:
+    """A new model with weights from torch's global generator, or those of `model.path`. Raises
+    SettingsError where these cannot be had, or do not fit the latents or the text."""
+    return families.build(config) if isinstance(config.model, FamilySettings) else VideoDiT(config)
 
 
-def save(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Writes a model's state and config into an existing folder."""
-    state = {name: value.contiguous() for name, value in state.items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+def save(
+    model: VideoDiT | Family, state: dict[str, Tensor], config: ModelConfig, folder: Path
+) -> None:
+    """Writes a model with the weights of `state` and its config into an existing folder."""
+    if isinstance(model, Family):
+        model.export(state, folder)
+    else:
+        state = {name: value.contiguous() for name, value in state.items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: Path) -> tuple[VideoDiT, ModelConfig]:
-    """The model of an export or of a checkpoint, on the CPU, ready to sample. Raises
-    FileNotFoundError."""
+def load(folder: Path) -> tuple[VideoDiT | Family, ModelConfig]:
+    """The model of an export or of a checkpoint, on the CPU, ready to sample; of weights that
+    were averaged, the average. Raises FileNotFoundError, and SettingsError where adapters' own
+    network is not there."""
     config = ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
     model = build(config)
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    if isinstance(model, Family) and not (folder / WEIGHTS).exists():
+        model.restore(folder)
+    else:
+        found = load_file(folder / WEIGHTS)
+        if (folder / ema.FILE).exists():
+            found |= load_file(folder / ema.FILE)
+        model.load_state_dict(found, strict=not adapted(config))
     return model.eval(), config
+
+
+def holds(folder: Path) -> bool:
+    """Whether `folder` is one that `load` loads."""
+    weights = (WEIGHTS, lora.FILE, *{family.part for family in families.FAMILIES.values()})
+    return (folder / CONFIG).is_file() and any((folder / name).exists() for name in weights)
+
+
+def adapted(config: ModelConfig) -> bool:
+    """Whether adapters alone are trained, and saved in checkpoints."""
+    return isinstance(config.model, FamilySettings) and config.model.lora is not None

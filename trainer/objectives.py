@@ -143,9 +143,16 @@ def weight(
     return (snr if weighting == "snr" else snr.clamp(max=gamma)) / (snr + 1)
 
 
-def losses(output: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean squared error of each clip: (B,) float32."""
-    return weights * (output.float() - wanted).square().flatten(1).mean(1)
+def losses(
+    output: Tensor, wanted: Tensor, weights: Tensor, counted: Tensor | None = None
+) -> Tensor:
+    """The weighted mean squared error of each clip: (B,) float32. Where `counted`, broadcast over
+    channels, is 0, the error does not count."""
+    errors = (output.float() - wanted).square()
+    if counted is None:
+        return weights * errors.flatten(1).mean(1)
+    share = counted.expand_as(errors).flatten(1)
+    return weights * (errors.flatten(1) * share).sum(1) / share.sum(1).clamp(min=1)
 
 
 def _over(values: Tensor, like: Tensor) -> Tensor:

@@ -182,11 +182,11 @@ def write(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
 
 def find(folder: Path) -> Path:
     """The folder with the model: `folder`, its newest complete checkpoint, or its export."""
-    if (folder / models.CONFIG).is_file() and (folder / models.WEIGHTS).is_file():
+    if models.holds(folder):
         return folder
     if newest := checkpoint.latest(folder):
         return newest.folder
-    if (folder / "model" / models.CONFIG).is_file():
+    if models.holds(folder / "model"):
         return folder / "model"
     raise CheckpointError(f"no model in {folder}: run `vidpipe train` first")
 

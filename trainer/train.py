@@ -20,22 +20,27 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from torch import Tensor, nn
 
 from manifests.redact import redact_logs, shown
 from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
-from trainer import objectives
-from trainer.checkpoint import CheckpointError
-from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
+from trainer import optimizers
+from trainer.checkpoint import CheckpointError, adapters_only
+from trainer.config import (
+    ModelConfig,
+    SettingsError,
+    TrainSettings,
+    load_settings,
+)
 from trainer.data import Batch, Loader
-from trainer.keys import keyed
-from trainer.models import Text, build, tokenise
+from trainer.ema import FILE as EMA
+from trainer.ema import Ema
+from trainer.families import Family
+from trainer.losses import Traits, clip_losses
+from trainer.models import adapted, build
 
-# Noise makes gradients noisy, and runs of a few hundred steps are over before 0.999 has settled.
-BETAS = (0.9, 0.99)
-MIN_SNR_GAMMA = 5.0  # Hang 2023's own choice
 ECHO_SECONDS = 10.0  # for which a second signal is the first one's
 
 ABOUT = "Trains a video model on the latents of an index, from the newest checkpoint on."
@@ -72,20 +77,34 @@ def train(settings: TrainSettings) -> Path:
     )
     set_seed(settings.seed)
     model = build(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    groups = decayed(model, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, settings.learning_rate, BETAS)
+    if isinstance(model, Family):
+        config = config.model_copy(update={"arch": model.config})
+        for shape in loader.order.shapes:
+            model.check_shape((index.spec.channels, *shape[1:]))
+        if adapted(config):
+            accelerator.register_save_state_pre_hook(lambda _, w, __: adapters_only(w))
+    traits = Traits.of(model)
+    if settings.gradient_checkpointing:
+        model.checkpoint()
+    if settings.compile:
+        model.compile()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    optimizer = optimizers.build(model, settings, device)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ------------------------------------------------------------------------- resume
     step, position, folder = 0, loader.start(), settings.output
+    saved: Path | None = None  # the newest checkpoint
     if found := checkpoints.latest(settings.output):
         checkpoints.restore(accelerator, found, config)
-        for group, fresh in zip(optimizer.param_groups, groups):
-            group["weight_decay"] = fresh["weight_decay"]  # as set now, not as saved
+        optimizers.resumed(optimizer, settings)
         step, folder = found.step, found.folder
+        saved = folder
         position, note = loader.resume(found.position)
         say(f"goes on from {folder}" + f": {note}" * bool(note))
+    ema = averaged(accelerator, model, settings)
+    if ema is not None and found and (found.folder / EMA).exists():
+        ema.load(found.folder)
     accelerator.init_trackers("train", init_kwargs={"tensorboard": {"purge_step": step + 1}})
     say(
         f"{len(loader)} clips of {loader.shapes}, {parameters:,} parameters, {world} x "
@@ -102,35 +121,44 @@ def train(settings: TrainSettings) -> Path:
         stopped = False  # on any process, known to all
         while step < settings.steps and not stopped:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step)
+                group["lr"] = optimizers.learning_rate(settings, step)
             for _ in range(settings.gradient_accumulation):
                 with meter.waiting():
                     batch = next(batches)
                 with accelerator.accumulate(model):
-                    losses = clip_losses(model, batch, settings, device)
+                    losses = clip_losses(model, batch, settings, device, traits)
                     everyones, stopped = share(accelerator, losses, stop.is_set())
-                    check_finite(everyones, losses, batch, step)
+                    check_finite(everyones, losses, batch, step, saved)
                     accelerator.backward(losses.mean())
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
+                        norm = accelerator.clip_grad_norm_(
+                            model.parameters(), settings.grad_clip or math.inf
+                        )
+                        if accelerator.scaler is None:  # which leaves such steps out
+                            check_gradient(norm, batch, step, saved)
                     optimizer.step()
                     optimizer.zero_grad()
                 meter.add(everyones)
             step, position = step + 1, batch.position
+            if ema is not None:
+                ema.update()
 
             if step % settings.log_every == 0 or step == settings.steps:
-                values = {"lr": learning_rate(settings, step - 1), "grad_norm": float(norm)}
+                values = {
+                    "lr": optimizers.learning_rate(settings, step - 1),
+                    "grad_norm": float(norm),
+                }
                 values = {**meter.read(), **values, "epoch": position.epoch}
                 accelerator.log(values, step=step)
                 say(line(step, settings.steps, values))
             if step % settings.save_every == 0 or step == settings.steps or stopped:
-                folder = checkpoints.save(
-                    accelerator, settings.output, step, position, config, settings.keep
+                saved = folder = checkpoints.save(
+                    accelerator, settings.output, step, position, config, settings.keep, ema
                 )
 
     # ------------------------------------------------------------------------- the end
     if step >= settings.steps:
-        checkpoints.export(accelerator, model, config, settings.output / "model")
+        checkpoints.export(accelerator, model, config, settings.output / "model", ema)
         say(f"trained {step} steps; the model is in {settings.output / 'model'}")
     else:
         say(f"stopped at step {step} of {settings.steps}: the same command goes on from there")
@@ -166,62 +194,18 @@ def start(settings: TrainSettings) -> Accelerator:
         raise SettingsError(f"train.mixed_precision is {precision}: {error}") from error
 
 
-def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices, which decay, and vectors (biases, norms), which do not."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """The rate of the step after `step` steps: it rises in a line, then stays."""
-    return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup))
-
-
-def clip_losses(
-    model: nn.Module, batch: Batch, settings: TrainSettings, device: torch.device
-) -> Tensor:
-    """The loss of each clip (B,), its time and noise keyed on the visit."""
-    kind, seed = settings.objective, settings.seed
-    visits = list(zip(batch.epochs, batch.clip_ids))
-    x0 = batch.latents(device)
-    time = draw_times(settings, visits, math.prod(x0.shape[2:])).to(device)
-    noise = torch.empty_like(x0)
-    for row, (epoch, clip) in zip(noise, visits):
-        row.normal_(generator=keyed("noise", seed, epoch, clip, str(device)))
-
-    a, s = objectives.path(kind, settings.schedule, time, settings.zero_terminal_snr)
-    text = text_of(batch, settings, device)
-    output = model(objectives.add_noise(x0, noise, a, s), time, text)
-    wanted = objectives.target(kind, x0, noise, a, s)
-    gamma = settings.min_snr_gamma or MIN_SNR_GAMMA
-    weights = objectives.weight(kind, a, s, settings.loss_weight, gamma)
-    return objectives.losses(output, wanted, weights)
-
-
-def draw_times(settings: TrainSettings, visits: Sequence[tuple[int, str]], cells: int) -> Tensor:
-    """The time of each visit (B,): of clips of `cells` frames x rows x columns of latents."""
-    shift = settings.shift
-    if settings.shift_tokens is not None:
-        tokens = cells // math.prod(settings.model.patch)
-        shift = objectives.token_shift(tokens, *settings.shift_tokens)
-    mean, std = settings.timestep_mean, settings.timestep_std
-    times = [
-        objectives.draw_time(settings.density, keyed("time", settings.seed, epoch, clip), mean, std)
-        for epoch, clip in visits
-    ]
-    time = objectives.shifted(torch.stack(times), shift)
-    return time if settings.objective == "flow" else objectives.on_schedule(time)
-
-
-def text_of(batch: Batch, settings: TrainSettings, device: torch.device) -> Text:
-    """What the model is told of the batch's captions."""
-    if batch.embeddings is None:
-        return tokenise(batch.captions, settings.text).to(device)
-    values, mask = batch.embeddings
-    return values.to(device, non_blocking=True), mask.to(device)
+def averaged(accelerator: Accelerator, model: nn.Module, settings: TrainSettings) -> Ema | None:
+    """The average of the weights, from now on; None where none is wanted. Raises SettingsError
+    where no process has all weights."""
+    if settings.ema_decay is None:
+        return None
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise SettingsError(
+            f"train.ema_decay is {settings.ema_decay}, but with {kind.value} no process has all "
+            "weights to average: leave it out, or train without sharding"
+        )
+    return Ema(accelerator.unwrap_model(model), settings.ema_decay, settings.ema_power)
 
 
 def share(accelerator: Accelerator, losses: Tensor, stop: bool) -> tuple[Tensor, bool]:
@@ -232,15 +216,35 @@ def share(accelerator: Accelerator, losses: Tensor, stop: bool) -> tuple[Tensor,
     return everyones[:, :-1], bool(everyones[:, -1].any())
 
 
-def check_finite(everyones: Tensor, losses: Tensor, batch: Batch, step: int) -> None:
+def check_finite(
+    everyones: Tensor, losses: Tensor, batch: Batch, step: int, saved: Path | None
+) -> None:
     """Raises Diverged on all processes where a loss of any is no finite number."""
     if everyones.isfinite().all():
         return
     bad = [clip for clip, fine in zip(batch.clip_ids, losses.isfinite().tolist()) if not fine]
     raise Diverged(
-        f"the loss is no finite number at step {step + 1}, clips "
-        f"{', '.join(bad) or 'of another process'}: look at their latents, or train with a lower "
-        "train.learning_rate or in bf16 from the last checkpoint"
+        f"the loss is no finite number at step {step + 1}, of clips "
+        f"{', '.join(bad) or 'of another process'}: look at their latents{_after(batch, saved)}"
+    )
+
+
+def check_gradient(norm: Tensor | float, batch: Batch, step: int, saved: Path | None) -> None:
+    """Raises Diverged, before it reaches the weights, where the gradient is no finite number. It is
+    the same on all processes."""
+    if not math.isfinite(norm):
+        raise Diverged(
+            f"the gradient is no finite number at step {step + 1}: look at the latents of the "
+            f"batch{_after(batch, saved)}"
+        )
+
+
+def _after(batch: Batch, saved: Path | None) -> str:
+    """What to do, and what of, when a step cannot be taken."""
+    there = f"the last good checkpoint, {saved}" if saved else "the start (there is no checkpoint)"
+    return (
+        f", or train with a lower train.learning_rate or in bf16 from {there}. The batch: "
+        f"{', '.join(batch.clip_ids)}"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from embedded import TEXT, write_embeddings
 
 from manifests.shards import (
+    FIRST_FRAME,
     INDEX,
     LATENTS,
     Index,
@@ -63,6 +64,7 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
         mean: Callable[[int], float] = float,
         several: Callable[[int], dict[str, str] | None] = lambda i: None,
         embedded: bool = False,
+        first_frame: bool = False,
         group: int = 3,
     ) -> Made:
         folder = tmp_path / "work"
@@ -104,6 +106,13 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
                         "window_end": 0.25,
                     }
                 )
+                if first_frame:  # half of what it is in the clip
+                    alone = as_bytes(data[:, :1] / 2, dtype)
+                    shape_alone = [data.shape[0], 1, *data.shape[2:]]
+                    stored[-1] |= {
+                        "first_frame_latents": alone,
+                        "first_frame_latents_shape": shape_alone,
+                    }
                 rows.append(
                     {
                         "clip_id": clip,
@@ -117,7 +126,8 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
                 number += 1
             shards[name] = folder / name
             shards[name].parent.mkdir(parents=True, exist_ok=True)
-            schema = pa.schema([pa.field("clip_id", pa.string()), *LATENTS])
+            extra = FIRST_FRAME if first_frame else ()
+            schema = pa.schema([pa.field("clip_id", pa.string()), *LATENTS, *extra])
             table = with_facts(pa.Table.from_pylist(stored, schema), {"spec": spec.to_json()})
             pq.write_table(
                 table, shards[name], row_group_size=group, compression="none", use_dictionary=False
@@ -129,7 +139,8 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
                 write_embeddings(shards[name], name, of)
         url = str(folder / "index.parquet")
         table = pa.Table.from_pylist(rows, INDEX)
-        facts = {"text": TEXT.to_json()} if embedded else {}
+        facts: dict[str, Any] = {"text": TEXT.to_json()} if embedded else {}
+        facts["first_frame"] = first_frame
         write_index(url, str(folder), [table], spec, facts)
         return Made(url, spec, clips, texts, shards)
 

@@ -53,6 +53,19 @@ def test_a_new_model_says_zero_and_learns_all_the_same() -> None:
     assert model.unembed.weight.grad is not None and model.unembed.weight.grad.any()
 
 
+def test_checkpointing_gives_the_same_gradients(model: models.VideoDiT) -> None:
+    x, ids = torch.randn(2, 4, 4, 4, 4), models.tokenise(["a", "b"], config().text)
+    gradients, calls = [], []
+    model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        model.zero_grad()
+        model(x, torch.tensor([0.1, 0.9]), ids).square().mean().backward()
+        gradients.append(model.embed.weight.grad)
+        model.checkpoint()
+    assert len(calls) == 3
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_default_size() -> None:
     made = ModelConfig.model_validate(
         {**config().model_dump(), "model": DiTSettings(), "text": TextSettings()}
@@ -107,7 +120,7 @@ def test_bytes_are_a_text_encoder_too() -> None:
 
 
 def test_a_saved_model_is_the_same(model: models.VideoDiT, tmp_path: Path) -> None:
-    models.save(model.state_dict(), config(), tmp_path)
+    models.save(model, model.state_dict(), config(), tmp_path)
     loaded, found = models.load(tmp_path)
     assert found == config()
     x = torch.randn(1, 4, 4, 4, 4)

@@ -144,6 +144,14 @@ def test_losses_are_weighted_means_of_each_clip() -> None:
     assert found.tolist() == [1.0, 4.5]
 
 
+def test_what_does_not_count_is_left_out_of_the_mean() -> None:
+    output, wanted = torch.zeros(2, 3, 4, 1, 1), torch.ones(2, 3, 4, 1, 1)
+    wanted[0, :, 0] = 100
+    counted = torch.ones(2, 1, 4, 1, 1)
+    counted[0, :, 0] = 0
+    assert objectives.losses(output, wanted, torch.ones(2), counted).tolist() == [1.0, 1.0]
+
+
 def draw(density: Density, *normal: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.stack([objectives.draw_time(density, generator, *normal) for _ in range(4000)])

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from manifests.shards import write_index
-from trainer import train as training
+from trainer import losses as losses_of
+from trainer import objectives
 from trainer.config import TrainSettings
-from trainer.train import Diverged, learning_rate, main, train
+from trainer.train import Diverged, main, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,29 +108,13 @@ def test_what_a_run_leaves(
 
 def test_times_are_shifted_by_the_tokens_of_a_clip(make_index: Any, settings_of: Any) -> None:
     made, visits = make_index(sizes=(1,)), [(0, "a"), (3, "b")]
-    plain = training.draw_times(settings_of(made), visits, 4 * 4 * 4)
-    shift_tokens = [[2, 0.0], [8, 1.0]]  # of a patch of 2 x 2 x 2
-    for cells, mu in ((5 * 8, 0.5), (80 * 8, 1.0)):
-        moved = training.draw_times(settings_of(made, shift_tokens=shift_tokens), visits, cells)
+    plain = losses_of.draw_times(settings_of(made), visits, 8)
+    shift_tokens = [[2, 0.0], [8, 1.0]]
+    for tokens, mu in ((5, 0.5), (80, 1.0)):
+        moved = losses_of.draw_times(settings_of(made, shift_tokens=shift_tokens), visits, tokens)
         torch.testing.assert_close(torch.logit(moved), torch.logit(plain) + mu)
-    steps = training.draw_times(settings_of(made, objective="epsilon"), visits, 64) * 1000
+    steps = losses_of.draw_times(settings_of(made, objective="epsilon"), visits, 64) * 1000
     assert torch.equal(steps, steps.round())
-
-
-def test_the_rate_rises_and_stays(make_index: Any, settings_of: Any) -> None:
-    settings = settings_of(make_index(sizes=(1,)), warmup=4, learning_rate=0.8)
-    rates = [learning_rate(settings, step) for step in range(6)]
-    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    settings = settings_of(make_index(sizes=(1,)), warmup=0, learning_rate=0.8)
-    assert learning_rate(settings, 0) == 0.8
-
-
-def test_biases_and_norms_do_not_decay() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-    matrices, vectors = training.decayed(model, 0.1)
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
-    assert matrices["params"] == [model[0].weight]
-    assert len(vectors["params"]) == 3  # type: ignore[arg-type]
 
 
 def test_a_changed_weight_decay_counts_after_resume(make_index: Any, settings_of: Any) -> None:
@@ -151,12 +136,33 @@ def test_no_finite_loss_stops_with_step_and_clip(
     with pytest.raises(Diverged):
         train(settings)
     assert run_main(settings, tmp_path) == 1
-    told = capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()[-1]
     bad = list(made.clips)[2]
-    assert "no finite number at step" in told and bad in told
-    assert sum(clip in told for clip in made.clips) == 1
+    last = json.loads((settings.output / "last.json").read_text())
+    assert f"no finite number at step {last['step'] + 1}, of clips {bad}: " in told
+    assert f"from the last good checkpoint, {settings.output / last['checkpoint']}." in told
+    batch = told.split("The batch: ")[1].split(", ")
+    assert len(batch) == settings.batch_size and bad in batch and set(batch) <= set(made.clips)
     for folder in settings.output.glob("checkpoint-*"):
         assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_no_finite_gradient_stops_before_the_weights_take_it(
+    make_index: Any, settings_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a loss is finite and its square root at 0 has no derivative."""
+    made = make_index()
+    plain = objectives.losses
+
+    def rooted(*arguments: Any) -> torch.Tensor:
+        found = plain(*arguments)
+        return found + (found - found.detach()).abs().sqrt()
+
+    monkeypatch.setattr(objectives, "losses", rooted)
+    settings = settings_of(made)
+    with pytest.raises(Diverged, match=r"gradient is no finite number at step 1: .*from the start"):
+        train(settings)
+    assert not list(settings.output.glob("checkpoint-*"))
 
 
 def empty(made: Any) -> None:

@@ -1,0 +1,100 @@
+"""The loss of a batch: what each clip is noised with, what the model is told and should say.
+
+All that is drawn is keyed on the visit (seed, epoch, clip).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer import objectives
+from trainer.config import FamilySettings, TrainSettings
+from trainer.data import Batch
+from trainer.families import Family
+from trainer.keys import keyed
+from trainer.models import Text, VideoDiT, tokenise
+
+MIN_SNR_GAMMA = 5.0  # Hang 2023's own choice
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the loss must know of a model, which may stand inside others by then."""
+
+    cells: int  # of latents, that make one token
+    clean_frame: bool  # a first frame that is told has no noise, and no loss
+
+    @classmethod
+    def of(cls, model: VideoDiT | Family) -> Traits:
+        return cls(math.prod(model.patch), isinstance(model, Family) and model.clean_frame)
+
+
+def clip_losses(
+    model: nn.Module,
+    batch: Batch,
+    settings: TrainSettings,
+    device: torch.device,
+    traits: Traits,
+) -> Tensor:
+    """The loss of each clip (B,), its time and noise keyed on the visit."""
+    kind, seed = settings.objective, settings.seed
+    visits = list(zip(batch.epochs, batch.clip_ids))
+    x0 = batch.latents(device)
+    time = draw_times(settings, visits, math.prod(x0.shape[2:]) // traits.cells).to(device)
+    noise = torch.empty_like(x0)
+    for row, (epoch, clip) in zip(noise, visits):
+        row.normal_(generator=keyed("noise", seed, epoch, clip, str(device)))
+
+    a, s = objectives.path(kind, settings.schedule, time, settings.zero_terminal_snr)
+    text = text_of(batch, settings, device)
+    picture = first_frames(batch, settings, device)
+    output = model(objectives.add_noise(x0, noise, a, s), time, text, *picture)
+    wanted = objectives.target(kind, x0, noise, a, s)
+    gamma = settings.min_snr_gamma or MIN_SNR_GAMMA
+    weights = objectives.weight(kind, a, s, settings.loss_weight, gamma)
+    counted = None
+    if picture and traits.clean_frame:
+        counted = torch.ones_like(x0[:, :1])
+        counted[picture[1], :, 0] = 0
+    return objectives.losses(output, wanted, weights, counted)
+
+
+def first_frames(
+    batch: Batch, settings: TrainSettings, device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[()]:
+    """The first frames of the batch and which clips are told theirs; () where the run has none."""
+    first = batch.first_frames(device)
+    if first is None or not isinstance(settings.model, FamilySettings):
+        return ()
+    chances = [
+        torch.rand((), generator=keyed("told", settings.seed, epoch, clip))
+        for epoch, clip in zip(batch.epochs, batch.clip_ids)
+    ]
+    return first, (torch.stack(chances) < settings.model.first_frame).to(device)
+
+
+def draw_times(settings: TrainSettings, visits: Sequence[tuple[int, str]], tokens: int) -> Tensor:
+    """The time of each visit (B,): of clips of so many tokens."""
+    shift = settings.shift
+    if settings.shift_tokens is not None:
+        shift = objectives.token_shift(tokens, *settings.shift_tokens)
+    mean, std = settings.timestep_mean, settings.timestep_std
+    times = [
+        objectives.draw_time(settings.density, keyed("time", settings.seed, epoch, clip), mean, std)
+        for epoch, clip in visits
+    ]
+    time = objectives.shifted(torch.stack(times), shift)
+    return time if settings.objective == "flow" else objectives.on_schedule(time)
+
+
+def text_of(batch: Batch, settings: TrainSettings, device: torch.device) -> Text:
+    """What the model is told of the batch's captions."""
+    if batch.embeddings is None:
+        return tokenise(batch.captions, settings.text).to(device)
+    values, mask = batch.embeddings
+    return values.to(device, non_blocking=True), mask.to(device)

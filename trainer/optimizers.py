@@ -1,0 +1,94 @@
+"""Optimisers by name, and the learning rate of each step.
+
+What is not part of PyTorch is looked for when it is asked for: a missing package is an error that
+says how to get it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trainer.config import SettingsError, TrainSettings
+
+PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_offload": "torchao", "prodigy": "prodigyopt"}
+
+
+def build(model: nn.Module, settings: TrainSettings, device: torch.device) -> Optimizer:
+    """The optimiser of what is trained of a model, which is to be moved to `device`.
+
+    Raises SettingsError where its package is missing, or a GPU that it is for.
+    """
+    groups, name = decayed(model, settings.weight_decay), settings.optimizer
+    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas}
+    if name == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
+    if name == "prodigy":
+        # As its authors advise for diffusion; the estimate starts too high in a warm-up otherwise.
+        made: Optimizer = _module("prodigyopt", name).Prodigy(
+            groups, **options, safeguard_warmup=True, use_bias_correction=True
+        )
+        return made
+    if name == "adamw_8bit":
+        made = _module("bitsandbytes.optim", name).AdamW8bit(groups, **options)
+        return made
+    module = _module("torchao.optim", name)
+    if device.type != "cuda":
+        raise SettingsError(
+            "train.optimizer is adamw_offload, which saves memory of a GPU, and this machine has "
+            "none: set it to adamw"
+        )
+    model.to(device)  # it copies the weights to the host, from where they are
+    made = module.CPUOffloadOptimizer(groups, torch.optim.AdamW, **options)
+    return made
+
+
+def resumed(optimizer: Any, settings: TrainSettings) -> None:
+    """Puts right what a checkpoint does not: weight decay is as set now, not as saved, and what
+    works on copies of the weights has those of before."""
+    for group in optimizer.param_groups:
+        matrix = group["params"][0].dim() > 1
+        group["weight_decay"] = settings.weight_decay if matrix else 0.0
+    inner = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+    for weight, copy in getattr(inner, "param_d2h_map", {}).items():
+        copy.data.copy_(weight.data)
+
+
+def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices, which decay, and vectors (biases, norms), which do not; without those
+    that are empty, or not trained."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: Iterable[dict[str, Any]] = (
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    )
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """The rate of the step after `step` steps: it rises in a line over `warmup` steps, then stays
+    (constant), or falls as half a cosine and would be 0 after the last step."""
+    most = settings.learning_rate
+    if step < settings.warmup:
+        return most * (step + 1) / settings.warmup
+    if settings.lr_schedule == "constant":
+        return most
+    share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return most * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
+def _module(path: str, name: str) -> Any:
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        package = PACKAGES[name]
+        raise SettingsError(
+            f"train.optimizer is {name}, but {package} cannot be imported ({error}): "
+            f"pip install {package}, or set it to adamw"
+        ) from error

@@ -1,0 +1,109 @@
+"""The settings of the model that `vidpipe train` trains: the section `train.model`, typed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+class SettingsError(Exception):
+    """The settings cannot be used: the message names the key, its value and what is allowed."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DiTSettings(Section):
+    """The small video DiT of `trainer.models`."""
+
+    kind: Literal["dit"] = Field("dit", description="the model's family")
+    width: int = Field(128, ge=16, le=8192, description="channels of a token")
+    depth: int = Field(4, ge=1, le=128, description="transformer blocks")
+    heads: int = Field(4, ge=1, le=128, description="attention heads; they divide width")
+    patch: tuple[int, int, int] = Field(
+        (4, 2, 2), description="latent frames, rows and columns that make one token"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads}"
+            )
+        if min(self.patch) < 1:
+            raise ValueError(f"patch {list(self.patch)} must be three numbers of at least 1")
+        return self
+
+
+class LoraSettings(Section):
+    """Adapters (LoRA) in place of all weights."""
+
+    rank: int = Field(16, ge=1, le=1024, description="of each adapter")
+    alpha: float | None = Field(
+        None, gt=0, description="adapters are scaled by alpha / rank; default: the rank"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter")
+    targets: tuple[str, ...] = Field(
+        (), description="ends of the names of layers that get one; default: of all attention"
+    )
+
+    @property
+    def scale(self) -> float:
+        return (self.alpha or self.rank) / self.rank
+
+
+class FamilySettings(Section):
+    """A network of diffusers."""
+
+    kind: Literal["unet3d", "cogvideox", "wan", "ltx"] = Field(
+        description="the family: UNet3DConditionModel, CogVideoXTransformer3DModel, "
+        "WanTransformer3DModel or LTXVideoTransformer3DModel of diffusers"
+    )
+    path: str | None = Field(
+        None,
+        description="folder or hub id of its weights, or of a pipeline with them; of unet3d also "
+        "of Stable Diffusion 2.1, which is grown in time",
+    )
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
+    subfolder: str | None = Field(
+        None, description="folder of the weights in path; default: transformer or unet"
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="in place of path: sizes of a new network, as in config.json of its class",
+    )
+    first_frame: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of visits that are told the clip's first frame, to go on from a "
+        "picture; encode.first_frame stores it",
+    )
+    lora: LoraSettings | None = Field(None, description="adapters in place of all weights")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.path is None and not self.config:
+            raise ValueError(
+                f"{self.kind} needs path (a folder or hub id) or config (sizes of a new network)"
+            )
+        if self.path is not None and self.config:
+            raise ValueError("path and config are both given: weights in path have their own sizes")
+        if self.path is None and self.lora is not None:
+            raise ValueError("lora adapts trained weights, and there are none: set path")
+        return self
+
+
+def _kind(values: Any) -> str:
+    kind = values.get("kind", "dit") if isinstance(values, dict) else values.kind
+    return DIT if kind == "dit" else FAMILY
+
+
+DIT, FAMILY = "<dit>", "<family>"  # which settings `model` has; no keys, and so never told
+MODELS: dict[str, type[BaseModel]] = {DIT: DiTSettings, FAMILY: FamilySettings}
+Model = Annotated[
+    Annotated[DiTSettings, Tag(DIT)] | Annotated[FamilySettings, Tag(FAMILY)],
+    Discriminator(_kind),
+]
