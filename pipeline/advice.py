@@ -8,6 +8,22 @@ from stages.filter import Filter
 
 def advice(pipeline: Pipeline) -> list[str]:
     """Sentences for a person, at most one a matter."""
+    return [*_of_lengths(pipeline), *_of_captions(pipeline)]
+
+
+def _of_captions(pipeline: Pipeline) -> list[str]:
+    stages = pipeline.stages
+    read = {column for stage in stages.values() for column in stage.reads}
+    if not {"describe", "recaption"} <= stages.keys() or "description" in read:
+        return []
+    return [
+        "nobody reads what describe writes, and recaption's captions are trained on: have it "
+        "rewrite descriptions (recaption.preset: rewrite-described), or leave it out "
+        "(recaption.enabled: false)"
+    ]
+
+
+def _of_lengths(pipeline: Pipeline) -> list[str]:
     rules = pipeline.stages.get("filter")
     if not isinstance(rules, Filter) or "encode" not in pipeline.stages:
         return []

@@ -212,6 +212,7 @@ def test_no_planted_secret_is_ever_written_or_said(
         done = vidpipe("run", "leaky", "encode", "--runner", runner, "--explain")
         assert done.returncode == 0, done.stderr
         rows = vidpipe("show", "encode", "--format", "jsonl")
+        assert rows.returncode == 0, rows.stderr
         if runner == "local":  # the rest runs in the same process either way
             vidpipe("show", "download", "--format", "table")
             vidpipe("manifest", "--out", "all.parquet")

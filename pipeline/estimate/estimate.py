@@ -7,7 +7,7 @@ folder, which is removed at the end: results are committed by units, and units a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +28,9 @@ from pipeline.resources import Offer, cores, free_space, gpus_here, usable_gpus
 from pipeline.run import LOW_SPACE, reading
 
 PREFIX = "vidpipe-estimate-"
+# A worker is said to wait for others where it works for less of the time than IDLE, in a stage
+# that took so long that this can be told.
+IDLE, IDLE_SECONDS = 0.5, 2.0
 WARM_GROUPS = 4  # beside the first one, from which on it is held against them
 # A GPU that a stage is meant for, and one that it was tried on.
 GPU, CPU = "gpu", "cpu"
@@ -132,11 +135,15 @@ def _estimate(
     ray = config.run.runner == "ray"
     workers = spread(over.stages, todo, open_, machine) if ray else None
     tried = try_out(sample, open_, workers or {}, report)
-    made = [_stage(over, found, tried[name], machine) for name in open_]
+    made = [_stage(over, todo, found, tried[name], machine) for name in open_]
     needs = {stage.name: stage.need for stage in made if stage.need is not None}
     here = forecast(needs, workers, machine, config.run, seed) if needs else None
     there = _on(over, todo, needs, machine, gpus, seed) if needs and gpus else None
-    notes = [*_notes(told, clips, made), *_about_machines(config.run, machine, made, gpus)]
+    notes = [
+        *_notes(told, clips, made),
+        *_about_waiting(tried, made, here, there),
+        *_about_machines(config.run, machine, made, gpus),
+    ]
     return replace(told, stages=made, here=here, there=there, notes=notes)
 
 
@@ -149,7 +156,9 @@ def _on(
     return forecast(needs, workers, offer, pipeline.config.run, seed)
 
 
-def _stage(pipeline: Pipeline, found: Survey, tried: Tried, machine: Offer) -> StageEstimate:
+def _stage(
+    pipeline: Pipeline, todo: Plan, found: Survey, tried: Tried, machine: Offer
+) -> StageEstimate:
     """From what a stage did with the sample to what it has to do."""
     name, several = tried.name, list(tried.groups.values())
     stage = pipeline.stages[name]
@@ -169,8 +178,10 @@ def _stage(pipeline: Pipeline, found: Survey, tried: Tried, machine: Offer) -> S
     cost = product(rows, per_row(costs, each)) if priced else None
     # Files beside commits, downloads, are one a row at most: those without one are nothing.
     files = [*tried.beside, *[0] * (settled - len(tried.beside))]
+    commits = len(todo.stages[name].units) * sum(tried.files) / max(1, len(tried.files))
     disk = total(
         [
+            exact(commits),
             product(rows, per_row([group.bytes for group in several], each)),
             product(rows, per_row(files, [1] * len(files))) if tried.beside else exact(0.0),
         ]
@@ -238,6 +249,27 @@ def _notes(told: Estimate, clips: int, made: Sequence[StageEstimate]) -> list[st
                 "without it"
             )
     return notes
+
+
+def _about_waiting(
+    tried: Mapping[str, Tried], made: Sequence[StageEstimate], *runs: Forecast | None
+) -> Iterator[str]:
+    """What is multiplied by workers though something else may bound it."""
+    for stage in made:
+        busy = tried[stage.name].busy
+        most = max(
+            (w.workers for run in runs if run for w in run.stages if w.name == stage.name),
+            default=1,
+        )
+        if busy is None or busy > IDLE or stage.device == GPU or most == 1 or stage.need is None:
+            continue
+        if stage.need.seconds.value * stage.tried.total < IDLE_SECONDS:
+            continue
+        yield (
+            f"{stage.name}: its worker had its core at work for {busy:.0%} of the time, and waited "
+            f"for a network, a server or a disk for the rest: that {most} of them get {most} times "
+            "as much is taken for granted"
+        )
 
 
 def _about_machines(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pyarrow.parquet as pq
+
 from manifests.log import Counts
+from manifests.store import Store
 from pipeline import local
 from pipeline.dag import Pipeline
 from pipeline.estimate.drawing import marks
@@ -31,7 +36,7 @@ class Group:
     # its work, many more rows at once, and to another place.
     seconds: float = 0.0
     amounts: Counter[str] = field(default_factory=Counter)
-    bytes: int = 0  # committed
+    bytes: int = 0  # committed, without what each file has however many rows are in it
     # Clips that stages before this one had not settled: those that they have by now, and the rows
     # of these that reached this stage.
     observed: int = 0
@@ -47,7 +52,11 @@ class Tried:
     counts: Counts = field(default_factory=Counts)
     start: float = 0.0  # seconds until its worker was ready: the model loaded, its batch size found
     first: str | None = None  # the group that it met first
+    files: list[int] = field(default_factory=list)  # bytes that each file has besides its rows
     beside: list[int] = field(default_factory=list)  # bytes of files that it keeps beside commits
+    # Share of the time for which its worker's process had a core at work, its start included; None
+    # where it had no process of its own.
+    busy: float | None = None
     error: str | None = None  # what it raised first; those rows are not settled
     trace: str | None = None
 
@@ -113,8 +122,11 @@ def _try(pipeline: Pipeline, one: Tried, workers: Workers | None, listener: _Lis
     known = {unit: len(log.commits(unit)) for unit in todo.units}
     there = set(store.find(""))
     listener.receipts.clear()
+    began, used = time.monotonic(), _cpu_seconds()
     with as_a_worker(workers):
         local.run(pipeline, [name], todo, Retry(), listener)
+    if pipeline.config.run.isolate:
+        one.busy = (_cpu_seconds() - used) / max(1e-9, time.monotonic() - began)
     for receipt in listener.receipts:
         spent = Counter(receipt.seconds)
         group = one.groups[receipt.unit]
@@ -130,11 +142,30 @@ def _try(pipeline: Pipeline, one: Tried, workers: Workers | None, listener: _Lis
         if receipt.error and one.error is None:
             one.error, one.trace = receipt.error, receipt.trace
     for unit, seq in known.items():
-        one.groups[unit].bytes += sum(commit.size for commit in log.commits(unit)[seq:])
+        for commit in log.commits(unit)[seq:]:
+            if commit.data is not None:
+                rows = _row_bytes(store, log.data_name(unit, commit))
+                one.groups[unit].bytes += rows
+                one.files.append(commit.size - rows)
     listed = store.listing("")
     one.beside = [
         listed[file].size for file in listed.keys() - there if not file.startswith(f"{name}/")
     ]
+
+
+def _row_bytes(store: Store, name: str) -> int:
+    """Bytes of a data file that its rows take: the rest is its schema and facts."""
+    with store.opened(name) as file:
+        told = pq.ParquetFile(file).metadata
+        groups = [told.row_group(number) for number in range(told.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        return sum(column.total_compressed_size for column in columns)
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @contextlib.contextmanager

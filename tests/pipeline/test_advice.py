@@ -49,6 +49,21 @@ def test_rules_on_len_that_do_not_fit_the_sampling(
     assert said is None or said in advice(made)[0]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["recaption.enabled=true", "recaption.model=some/model"], True),
+        (["recaption.enabled=true", "recaption.preset=rewrite-described"], False),
+        (["recaption.enabled=true", "recaption.prompt='{caption} {description?}'"], False),
+        (["recaption.enabled=false"], False),
+    ],
+)
+def test_descriptions_that_nobody_reads(tmp_path: Path, overrides: list[str], said: bool) -> None:
+    text = f"{YAML}describe: {{model: some/model}}\n"
+    made = dag.build(config.parse(text, str(tmp_path / "vidpipe.yaml"), overrides))
+    assert ["rewrite-described" in sentence for sentence in advice(made)] == [True] * said
+
+
 def test_plan_and_doctor_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+from commands import Command, until
 
 from pipeline import config, dag
 from pipeline.captions import check
@@ -110,3 +112,50 @@ def test_a_rewrite_of_descriptions_that_nobody_makes_is_an_error(project: Path) 
     lone = "source: {kind: folder, path: ./videos}\nrecaption: {preset: rewrite-described}\n"
     with pytest.raises(ConfigError, match="recaption reads a column 'description' that nobody"):
         built(project, lone)
+
+
+SERVED = """\
+source: {kind: folder, path: ./videos}
+sampling: {fps: 16, frames: 8, size: 64}
+describe:
+  engine: openai
+  model: moody
+  endpoints: ["%s"]
+  prompt: "clip {caption}"
+  concurrency: 4
+  backoff: 0.1
+recaption: {enabled: false}
+encode: {enabled: false}
+run: {runner: local, unit_size: 8}
+"""
+SAID = "A white block stands on a black wall and does not move"
+
+
+def test_a_run_that_is_ended_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Real commands over a caption server: every clip is described by its own frames, once."""
+    from moody import Moody
+    from numbered import make
+
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for i in range(40):
+        make(videos / f"{i:02d}.mp4", 20 + i, 30)
+        (videos / f"{i:02d}.txt").write_text(str(i))
+    with Moody(delay=0.15, reply=lambda prompt, nth: f"{SAID}, says {prompt}.") as server:
+        (tmp_path / "vidpipe.yaml").write_text(SERVED % server.url)
+        command = Command(tmp_path, "run", "describe")
+        until(lambda: server.met["none"] >= 12)
+        command.signal(signal.SIGTERM)
+        assert command.wait() == 143, command.said
+        again = Command(tmp_path, "run", "describe")
+        assert again.wait() == 0, again.said
+        twice = server.asked.total() - 40
+        frames = {prompt: len(tries[0][0]) for prompt, tries in server.shown.items()}
+    one = built(tmp_path, SERVED % server.url)
+    rows = select(one, "describe", "outcome = 'kept'").to_pylist()
+    assert len(rows) == 40, again.said
+    for row in rows:
+        assert row["description"] == f"{SAID}, says clip {row['caption']}."
+        assert len(row["description_times"]) == frames[f"clip {row['caption']}"] == 4
+    assert twice <= 2 * server.most, "what was in flight"
+    assert "tokens/s" in again.said

@@ -253,6 +253,18 @@ def test_files_beside_the_commits_count_and_are_not_made_again(tmp_path: Path) -
     assert of(again, "open").tried.kept == 20  # of the workdir's own files
 
 
+def test_disk_is_what_a_run_then_takes(tmp_path: Path) -> None:
+    """Of stages that make little, groups of few rows pack less well: at most as much."""
+    p = pipeline(tmp_path, naps(400, 1), (Nap, Gate, Dream), run={"unit_size": 100})
+    found = looked(p, clips=80)
+    run(p, (), Retry(), Reporter())
+    for stage in found.stages:
+        files = p.store.listing(f"{stage.name}/").items()
+        taken = sum(file.size for name, file in files if name.endswith(".parquet"))
+        most = 1.1 if stage.name == "dream" else 3
+        assert 0.85 * taken < stage.disk.value < most * taken
+
+
 def test_no_room_for_the_sample(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,3 +333,13 @@ def test_a_workdir_on_s3_is_only_read(tmp_path: Path, s3: Proxy) -> None:
     assert [stage.name for stage in found.stages] == ["gate", "dream"]
     assert of(found, "gate").tried.total == 30
     assert p.store.listing("") == before
+
+
+def test_what_waits_is_not_multiplied_in_silence(tmp_path: Path) -> None:
+    captions = ["120 keep"] * 24
+    run_settings = {"runner": "ray", "isolate": True}
+    p = pipeline(tmp_path, captions, (Nap, Gate, Dream), run=run_settings)
+    waits = [n for n in looked(p, ["nap"], 24, gpus=8).notes if n.startswith("nap: its worker had")]
+    assert len(waits) == 1 and "waited for a network, a server or a disk" in waits[0]
+    local = pipeline(tmp_path, captions, (Nap, Gate, Dream), run={"isolate": True})
+    assert not [n for n in looked(local, ["nap"], 24).notes if "its worker had" in n]
