@@ -28,12 +28,7 @@ from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
 from trainer import optimizers
 from trainer.checkpoint import CheckpointError, adapters_only
-from trainer.config import (
-    ModelConfig,
-    SettingsError,
-    TrainSettings,
-    load_settings,
-)
+from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
 from trainer.data import Batch, Loader
 from trainer.ema import FILE as EMA
 from trainer.ema import Ema
@@ -71,6 +66,7 @@ def train(settings: TrainSettings) -> Path:
         objective=settings.objective,
         schedule=settings.schedule,
         zero_terminal_snr=settings.zero_terminal_snr,
+        snr_shift=settings.snr_shift,
         shape=loader.shape,
         latents=index.spec.to_json(),
         embeddings=loader.embeddings and loader.embeddings.spec.to_json(),
@@ -83,6 +79,7 @@ def train(settings: TrainSettings) -> Path:
             model.check_shape((index.spec.channels, *shape[1:]))
         if adapted(config):
             accelerator.register_save_state_pre_hook(lambda _, w, __: adapters_only(w))
+            model.halve(accelerator.mixed_precision)
     traits = Traits.of(model)
     if settings.gradient_checkpointing:
         model.checkpoint()
