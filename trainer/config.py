@@ -98,8 +98,8 @@ class TrainSettings(Section):
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload", "prodigy"] = Field(
         "adamw",
         description="adamw (fused on a GPU); adamw_8bit: its state in 8 bits (bitsandbytes); "
-        "adamw_offload: its state and step on the CPU (torchao), without grad_clip; prodigy: finds "
-        "the rate itself (prodigyopt)",
+        "adamw_offload: its state and step on the CPU (torchao), on one GPU and without "
+        "grad_clip; prodigy: finds the rate itself (prodigyopt)",
     )
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; prodigy's is 1")
     lr_schedule: Literal["constant", "cosine"] = Field(

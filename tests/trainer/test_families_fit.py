@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from trainer.config import SettingsError
             ["have 8 channels", "takes 4 and gives 4:"],
         ),
         ("wan", {"padding": "max_length"}, ["padding max_length", "embed.padding"]),
-        ("unet3d", {"padding": "none"}, ["padding none", "trained on max_length"]),
+        ("ltx", {"padding": "max_length"}, ["padding max_length", "ltx takes none"]),
+        ("unet3d", {"padding": "none"}, ["padding none", "takes max_length"]),
         ("unet3d", {"model": {"first_frame": 0.5}}, ["has no way", "cogvideox, wan or ltx"]),
         ("cogvideox", {"model": {"first_frame": 0.5}}, ["takes 4 channels, not the 8"]),
         (
@@ -56,6 +58,7 @@ def test_what_path_cannot_be(network: Callable[[str], Path], tmp_path: Path) -> 
         return str(error.value)
 
     assert "no model in" in told("wan", model={"path": str(tmp_path)})
+    assert "there is no folder ./none" in told("wan", model={"path": "./none"})
     assert (
         f"{network('ltx')} holds a LTXVideoTransformer3DModel, but train.model.kind is wan"
         in told("wan", model={"path": str(network("ltx"))})
@@ -68,6 +71,14 @@ def test_what_path_cannot_be(network: Callable[[str], Path], tmp_path: Path) -> 
     make_flat(tmp_path / "unet")
     grown = {"path": str(tmp_path), "lora": {}}
     assert "leave train.model.lora out" in told("unet3d", model=grown)
+
+
+def test_a_missing_package_is_told(
+    network: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not there
+    with pytest.raises(SettingsError, match="pip install peft"):
+        families.build(config("wan", model={"path": str(network("wan")), "lora": {}}))
 
 
 def test_damaged_weights_are_told(tmp_path: Path) -> None:

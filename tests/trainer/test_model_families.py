@@ -8,9 +8,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from networks import CHANNELS, CLASSES, WORDS, config, latents, make, make_flat, words
+from networks import CHANNELS, CLASSES, SHAPE, WORDS, config, latents, make, make_flat, words
 
-from trainer import families, models
+from trainer import families, models, objectives, sample
 from trainer.config import ModelConfig, SettingsError
 from trainer.families import Family
 
@@ -174,6 +174,26 @@ def test_cogvideox_sees_a_picture_beside_the_noise(tmp_path: Path) -> None:
         image_rotary_emb=model.rotary(x.transpose(1, 2)),
     ).sample
     torch.testing.assert_close(model(x, time, text, first, told), wanted.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_sampled(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of each, from noise to the clip that the network sees in it."""
+    described = config(kind)
+    torch.manual_seed(0)
+    model = families.build(described).eval()
+    text = words(4)  # of two prompts, with and without
+    monkeypatch.setattr(sample, "text_of", lambda *_: text)
+    found = sample.sample(model, described, ["a", "b"], steps=1, guidance=1.0, seed=3)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    x = torch.stack([noise, noise])
+    (time, end) = sample.sampling_times(described, 1)
+    assert end == 0
+    with torch.no_grad():
+        output = model(x, time.expand(2), (text[0][:2], text[1][:2]))
+    a, s = sample.path(described, time.expand(2))
+    wanted, _ = objectives.resolve(described.objective, x, output, a, s)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 # ----------------------------------------------------------------------------- LoRA, saved, loaded

@@ -114,7 +114,9 @@ class Family(nn.Module):
     @classmethod
     def describe(cls, settings: FamilySettings) -> tuple[dict[str, Any], str | None]:
         """The config.json of what `path` names, and in which of its folders it is."""
-        errors = []
+        path, errors = str(settings.path), []
+        if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+            raise SettingsError(f"train.model.path: there is no folder {path}")
         for folder in (settings.subfolder or cls.part, None):
             try:
                 options = {"subfolder": folder} if folder else {}
@@ -179,8 +181,8 @@ class Family(nn.Module):
         """Raises SettingsError where captions were not embedded as the network saw them."""
         if spec["padding"] != padding:
             raise SettingsError(
-                f"captions were embedded with padding {spec['padding']}, but {self.kind} was "
-                f"trained on {padding}: set embed.padding so and `vidpipe run`"
+                f"captions were embedded with padding {spec['padding']}, but {self.kind} takes "
+                f"{padding}: set embed.padding so and `vidpipe run`"
             )
         if length is not None and spec["max_length"] != length:
             raise SettingsError(
