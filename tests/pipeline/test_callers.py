@@ -105,6 +105,12 @@ def test_a_closed_console_is_no_death_of_a_clip(tmp_path: Path) -> None:
     assert isinstance(error, BrokenPipeError) and not notes
 
 
+def test_without_isolation_too(tmp_path: Path) -> None:
+    job, (unit,) = made_of(tmp_path, ["a", "b"], Length)
+    with pytest.raises(RuntimeError, match="the tally is gone"):
+        InProcess().run(job, unit, driven(stopping=raising(RuntimeError("the tally is gone"))))
+
+
 class Busy(Shout):
     """Notices where two of it are at work with one model."""
 
