@@ -176,6 +176,23 @@ def test_cogvideox_sees_a_picture_beside_the_noise(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x, time, text, first, told), wanted.transpose(1, 2))
 
 
+@torch.no_grad()
+def test_cogvideox_1_5_sees_its_picture_as_it_was_trained(tmp_path: Path) -> None:
+    """Its pipeline divides the picture's latents by the scaling factor, where others multiply."""
+    make("cogvideox", tmp_path, in_channels=2 * CHANNELS, ofs_embed_dim=8)
+    chosen = config("cogvideox", model={"path": str(tmp_path), "first_frame": 0.9})
+    factor = 0.7
+    scaled = {**chosen.latents, "shift": [0.0] * CHANNELS, "scale": [factor] * CHANNELS}
+    plain = families.build(chosen.model_copy(update={"latents": scaled})).eval()
+    inverted = {**scaled, "constants": {"scaling_factor": factor, "invert_scale_latents": True}}
+    model = families.build(chosen.model_copy(update={"latents": inverted})).eval()
+    x, text, time = latents(), words(), torch.tensor([0.25, 0.75])
+    raw, told = torch.randn(2, CHANNELS, 1, 4, 4), torch.tensor([True, False])
+    torch.testing.assert_close(
+        model(x, time, text, raw * factor, told), plain(x, time, text, raw / factor, told)
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_sampled(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of each, from noise to the clip that the network sees in it."""

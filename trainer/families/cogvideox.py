@@ -76,7 +76,7 @@ class CogVideoX(Family):
     ) -> Tensor:
         if self.arch.in_channels > x.shape[1]:
             picture = torch.zeros_like(x)
-            picture = self.with_first(picture, first, told)
+            picture = self.with_first(picture, self.as_trained(first), told)
             x = torch.cat([x, picture], 1)
         x = x.transpose(1, 2)  # frames before channels
         offset = x.new_full((1,), OFFSET) if self.arch.ofs_embed_dim else None
@@ -89,6 +89,13 @@ class CogVideoX(Family):
             return_dict=False,
         )[0]
         return out.transpose(1, 2)
+
+    def as_trained(self, first: Tensor | None) -> Tensor | None:
+        """The latents of pictures, normalised like all, as the model was shown them: 1.5's divided
+        by the scaling factor, where others are multiplied (`invert_scale_latents` of its VAE)."""
+        if first is None or not self.latents.get("constants", {}).get("invert_scale_latents"):
+            return first
+        return first / first.new_tensor(self.latents["scale"]).view(-1, 1, 1, 1) ** 2
 
     def rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of latents (B, F, C, H, W), as diffusers' pipeline computes them."""
