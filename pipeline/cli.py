@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli_captions import captions
-from pipeline.cli_estimate import estimate
-from pipeline.cli_export import export
-from pipeline.cli_latents import decode
-from pipeline.cli_options import F, load, with_config
-from pipeline.cli_train import sample, train
-from pipeline.cli_upkeep import audit, gc, verify
+from pipeline.commands.captions import captions
+from pipeline.commands.estimate import estimate
+from pipeline.commands.export import export
+from pipeline.commands.latents import decode
+from pipeline.commands.options import F, load, with_config
+from pipeline.commands.train import sample, train
+from pipeline.commands.upkeep import audit, gc, verify
 from pipeline.workers import stop
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -97,8 +98,8 @@ class TrainSettings(Section):
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload", "prodigy"] = Field(
         "adamw",
         description="adamw (fused on a GPU); adamw_8bit: its state in 8 bits (bitsandbytes); "
-        "adamw_offload: its state and step on the CPU (torchao), without grad_clip; prodigy: finds "
-        "the rate itself (prodigyopt)",
+        "adamw_offload: its state and step on the CPU (torchao), on one GPU and without "
+        "grad_clip; prodigy: finds the rate itself (prodigyopt)",
     )
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; prodigy's is 1")
     lr_schedule: Literal["constant", "cosine"] = Field(
@@ -165,6 +166,12 @@ class TrainSettings(Section):
         False,
         description="of v_prediction: the schedule's last step holds no signal, as sampling's "
         "first (Lin 2023)",
+    )
+    snr_shift: float = Field(
+        1.0,
+        gt=0,
+        description="of epsilon and v_prediction: the schedule's SNR is divided by it; "
+        "CogVideoX-2b was trained with 3, the others with 1",
     )
     loss_weight: Literal["none", "snr", "min_snr"] = Field(
         "none",
@@ -249,6 +256,11 @@ class TrainSettings(Section):
                 f"min_snr_gamma is {self.min_snr_gamma}, but loss_weight is {self.loss_weight}: "
                 f"{instead}"
             )
+        if self.snr_shift != 1 and flow:
+            raise ValueError(
+                f"snr_shift is {self.snr_shift}, but flow matching has no schedule: set shift "
+                f"to {math.sqrt(self.snr_shift):.3g}, which does the same"
+            )
         if self.zero_terminal_snr and flow:
             raise ValueError(
                 "zero_terminal_snr is set, but flow matching ends in pure noise anyway: leave it "
@@ -288,6 +300,7 @@ class ModelConfig(Section):
     objective: Literal["epsilon", "v_prediction", "flow"] = Field(description="what it predicts")
     schedule: Literal["scaled_linear", "cosine"] = Field(description="its noise schedule")
     zero_terminal_snr: bool = Field(False, description="whether that ends without any signal")
+    snr_shift: float = Field(1.0, description="what its SNR is divided by")
     shape: tuple[int, int, int, int] = Field(description="C, F, H, W of latents it was trained on")
     latents: dict[str, Any] = Field(description="their LatentSpec: VAE, shift, scale, sampling")
     embeddings: dict[str, Any] | None = Field(
@@ -314,6 +327,7 @@ class ModelConfig(Section):
                 "objective": config.objective,
                 "schedule": config.schedule if config.objective != "flow" else None,
                 "zero_terminal_snr": config.zero_terminal_snr,
+                "snr_shift": config.snr_shift,
                 **{f"latents.{k}": config.latents[k] for k in names},
                 **{f"embeddings.{k}": (config.embeddings or {}).get(k) for k in texts},
             }

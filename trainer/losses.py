@@ -50,7 +50,9 @@ def clip_losses(
     for row, (epoch, clip) in zip(noise, visits):
         row.normal_(generator=keyed("noise", seed, epoch, clip, str(device)))
 
-    a, s = objectives.path(kind, settings.schedule, time, settings.zero_terminal_snr)
+    a, s = objectives.path(
+        kind, settings.schedule, time, settings.zero_terminal_snr, settings.snr_shift
+    )
     text = text_of(batch, settings, device)
     picture = first_frames(batch, settings, device)
     output = model(objectives.add_noise(x0, noise, a, s), time, text, *picture)

@@ -63,11 +63,14 @@ def on_schedule(time: Tensor) -> Tensor:
 
 
 @lru_cache
-def alphas_cumprod(schedule: Schedule, zero_terminal_snr: bool = False) -> Tensor:
+def alphas_cumprod(
+    schedule: Schedule, zero_terminal_snr: bool = False, snr_shift: float = 1.0
+) -> Tensor:
     """The signal's share of the variance, a^2, at each of the TIMESTEPS steps: float64.
 
     scaled_linear: betas of Stable Diffusion, sqrt-linear from 0.00085 to 0.012.
     cosine: Nichol & Dhariwal 2021, with their cut of beta at 0.999.
+    SNR is divided by `snr_shift` (CogVideoX), then the end is put to zero.
     """
     steps = torch.arange(TIMESTEPS + 1, dtype=torch.float64)
     if schedule == "scaled_linear":
@@ -76,30 +79,34 @@ def alphas_cumprod(schedule: Schedule, zero_terminal_snr: bool = False) -> Tenso
     else:
         level = torch.cos((steps / TIMESTEPS + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
-    if zero_terminal_snr:
-        betas = rescaled(betas)
-    return torch.cumprod(1 - betas, 0)
+    level = torch.cumprod(1 - betas, 0)
+    level = level / (snr_shift + (1 - snr_shift) * level)
+    return rescaled(level) if zero_terminal_snr else level
 
 
-def rescaled(betas: Tensor) -> Tensor:
-    """Betas whose last step has no signal left: algorithm 1 of Lin 2023 (arXiv 2305.08891).
+def rescaled(level: Tensor) -> Tensor:
+    """The signal's shares of the variance, of which the last is 0: algorithm 1 of Lin 2023
+    (arXiv 2305.08891), before it goes back to betas.
 
     The signal a is moved down and stretched: the last becomes 0, the first stays.
     """
-    signal = torch.cumprod(1 - betas, 0).sqrt()
+    signal = level.sqrt()
     first, last = signal[0].clone(), signal[-1].clone()
-    level = ((signal - last) * first / (first - last)) ** 2
-    return 1 - torch.cat([level[:1], level[1:] / level[:-1]])
+    return ((signal - last) * first / (first - last)) ** 2
 
 
 def path(
-    kind: Kind, schedule: Schedule, time: Tensor, zero_terminal_snr: bool = False
+    kind: Kind,
+    schedule: Schedule,
+    time: Tensor,
+    zero_terminal_snr: bool = False,
+    snr_shift: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The shares (a, s) of signal and noise at `time`, in its dtype and on its device."""
     if kind == "flow":
         return 1 - time, time
     steps = (time * TIMESTEPS).round().long().clamp(0, TIMESTEPS - 1)
-    level = alphas_cumprod(schedule, zero_terminal_snr).to(time.device)[steps]
+    level = alphas_cumprod(schedule, zero_terminal_snr, snr_shift).to(time.device)[steps]
     return level.sqrt().to(time.dtype), (1 - level).sqrt().to(time.dtype)
 
 

@@ -20,10 +20,13 @@ from trainer.config import SettingsError, TrainSettings
 PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_offload": "torchao", "prodigy": "prodigyopt"}
 
 
-def build(model: nn.Module, settings: TrainSettings, device: torch.device) -> Optimizer:
+def build(
+    model: nn.Module, settings: TrainSettings, device: torch.device, world: int = 1
+) -> Optimizer:
     """The optimiser of what is trained of a model, which is to be moved to `device`.
 
-    Raises SettingsError where its package is missing, or a GPU that it is for.
+    Raises SettingsError where its package is missing, or a GPU that it is for, or where it cannot
+    do with `world` processes.
     """
     groups, name = decayed(model, settings.weight_decay), settings.optimizer
     options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas}
@@ -38,6 +41,11 @@ def build(model: nn.Module, settings: TrainSettings, device: torch.device) -> Op
     if name == "adamw_8bit":
         made = _module("bitsandbytes.optim", name).AdamW8bit(groups, **options)
         return made
+    if world > 1:
+        raise SettingsError(
+            f"train.optimizer is adamw_offload, but there are {world} processes, and it takes "
+            "gradients before they have been exchanged: set it to adamw_8bit, or train on one GPU"
+        )
     module = _module("torchao.optim", name)
     if device.type != "cuda":
         raise SettingsError(

@@ -19,7 +19,7 @@ from manifests.shards import Embedding, Latent, ShardFile
 T = TypeVar("T")
 
 THREADS = 4  # row groups read at once: a store far away answers one at a time slowly
-OPEN = 256  # shards
+OPEN = 256  # shards that are kept open
 
 Row = Latent | Embedding
 
@@ -95,8 +95,8 @@ def read_rows(
                 far.append(one := next(plan))
                 far_bytes += one.bytes
                 for place in one.places:
-                    if place.shard not in wanted:
-                        pool.submit(shards.get, place.shard)
+                    if place.shard not in wanted and len(wanted) < OPEN // 2:
+                        pool.submit(shards.get, place.shard)  # open when it is asked for
                     wanted[place.shard][place.row] += 1
             if near_bytes <= memory * 3 // 8:
                 missing: dict[Place, None] = {}

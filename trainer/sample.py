@@ -27,6 +27,7 @@ from manifests.redact import shown
 from trainer import checkpoint, models, objectives
 from trainer.checkpoint import CheckpointError
 from trainer.config import ModelConfig, SettingsError
+from trainer.families import Family
 from trainer.prompts import text_of
 
 if TYPE_CHECKING:
@@ -81,14 +82,18 @@ def sample(
 
 
 def path(config: ModelConfig, time: Tensor) -> tuple[Tensor, Tensor]:
-    return objectives.path(config.objective, config.schedule, time, config.zero_terminal_snr)
+    return objectives.path(
+        config.objective, config.schedule, time, config.zero_terminal_snr, config.snr_shift
+    )
 
 
 def sampling_times(config: ModelConfig, steps: int) -> Tensor:
     """`steps` + 1 times from noise to data, evenly apart, the last one 0."""
     if config.objective == "flow":
         return torch.linspace(1, 0, steps + 1)
-    signal = objectives.alphas_cumprod(config.schedule, config.zero_terminal_snr).sqrt()
+    signal = objectives.alphas_cumprod(
+        config.schedule, config.zero_terminal_snr, config.snr_shift
+    ).sqrt()
     usable = int((signal >= FAINTEST).sum()) if config.objective == "epsilon" else len(signal)
     return torch.linspace((usable - 1) / objectives.TIMESTEPS, 0, steps + 1)
 
@@ -201,6 +206,11 @@ def make(
         model, config = models.load(find(folder))
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no model of this trainer: {error}") from error
+    if isinstance(model, Family) and model.needs_picture:
+        raise SettingsError(
+            f"{folder} holds a model that goes on from a picture, and prompts alone do not do: "
+            "sample it with a pipeline of diffusers"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = load_vae(vae or config.latents["vae"], config.latents, device)
     z = sample(model.to(device), config, prompts, device=device, **sampling)

@@ -28,12 +28,7 @@ from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
 from trainer import optimizers
 from trainer.checkpoint import CheckpointError, adapters_only
-from trainer.config import (
-    ModelConfig,
-    SettingsError,
-    TrainSettings,
-    load_settings,
-)
+from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
 from trainer.data import Batch, Loader
 from trainer.ema import FILE as EMA
 from trainer.ema import Ema
@@ -71,6 +66,7 @@ def train(settings: TrainSettings) -> Path:
         objective=settings.objective,
         schedule=settings.schedule,
         zero_terminal_snr=settings.zero_terminal_snr,
+        snr_shift=settings.snr_shift,
         shape=loader.shape,
         latents=index.spec.to_json(),
         embeddings=loader.embeddings and loader.embeddings.spec.to_json(),
@@ -83,13 +79,14 @@ def train(settings: TrainSettings) -> Path:
             model.check_shape((index.spec.channels, *shape[1:]))
         if adapted(config):
             accelerator.register_save_state_pre_hook(lambda _, w, __: adapters_only(w))
+            model.halve(accelerator.mixed_precision)
     traits = Traits.of(model)
     if settings.gradient_checkpointing:
         model.checkpoint()
     if settings.compile:
         model.compile()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    optimizer = optimizers.build(model, settings, device)
+    optimizer = optimizers.build(model, settings, device, world)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ------------------------------------------------------------------------- resume
@@ -131,9 +128,7 @@ def train(settings: TrainSettings) -> Path:
                     check_finite(everyones, losses, batch, step, saved)
                     accelerator.backward(losses.mean())
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(
-                            model.parameters(), settings.grad_clip or math.inf
-                        )
+                        norm = clipped(accelerator, model, settings)
                         if accelerator.scaler is None:  # which leaves such steps out
                             check_gradient(norm, batch, step, saved)
                     optimizer.step()
@@ -229,7 +224,14 @@ def check_finite(
     )
 
 
-def check_gradient(norm: Tensor | float, batch: Batch, step: int, saved: Path | None) -> None:
+def clipped(accelerator: Accelerator, model: nn.Module, settings: TrainSettings) -> float:
+    """Cuts the gradient to `grad_clip`; its norm before. DeepSpeed clips by its own configuration
+    and knows the norm after the step alone: 0 where there is none yet."""
+    most = settings.grad_clip or math.inf
+    return float(accelerator.clip_grad_norm_(model.parameters(), most) or 0.0)
+
+
+def check_gradient(norm: float, batch: Batch, step: int, saved: Path | None) -> None:
     """Raises Diverged, before it reaches the weights, where the gradient is no finite number. It is
     the same on all processes."""
     if not math.isfinite(norm):

@@ -10,8 +10,8 @@ from typing import Any
 
 from manifests.log import standing
 from pipeline import config, dag, plan, query
-from pipeline.audit import audit
 from pipeline.dag import Pipeline
+from pipeline.upkeep.audit import audit
 
 SKIPPED = {"attempts", "origin"}  # how often and where: the rest must be the same
 

@@ -19,12 +19,12 @@ from manifests.shards import CAPTIONS as CAPTIONS_TYPE
 from manifests.shards import LATENTS, Index, LatentSpec
 from pipeline import cli, dag, index
 from pipeline import plan as planning
-from pipeline.audit import audit, equation
-from pipeline.audit_across import Audit
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
+from pipeline.upkeep.across import Audit
+from pipeline.upkeep.audit import audit, equation
 from stages.base import Outcome, Row
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None, "a cow", "two pigs"]

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from toys import Length, Limit, Shout, Words, pipeline
 
-from pipeline import cli_captions
 from pipeline.captions import check
+from pipeline.commands import captions as cli_captions
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.query import select

@@ -70,7 +70,7 @@ def stages(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
     for stage in status["stages"]:
         assert set(stage) == {
             "name", "fingerprint", "state", "in", "kept", "rejected", "failed", "worth_retry",
-            "pending",
+            "pending", "amounts", "cost",
         }  # fmt: skip
         settled = sum(stage["rejected"].values()) + sum(stage["failed"].values())
         assert stage["in"] == stage["kept"] + settled + stage["pending"]

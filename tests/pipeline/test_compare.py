@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from pipeline import cli_captions, config, dag
+from pipeline import config, dag
+from pipeline.commands import captions as cli_captions
 from pipeline.compare import THUMBNAILS, Shown, Told, Written, compare, sample, shown, side
 from pipeline.compare_page import page
 from pipeline.config import ConfigError

@@ -14,14 +14,14 @@ from toys import Length, Limit, pipeline
 
 from manifests.shards import LATENTS, Index, LatentSpec, ShardError, read_embeddings, read_latents
 from pipeline import index
-from pipeline.audit import audit
 from pipeline.config import parse
 from pipeline.dag import Pipeline, build
-from pipeline.repair import repair
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
-from pipeline.verify import verify
+from pipeline.upkeep.audit import audit
+from pipeline.upkeep.repair import repair
+from pipeline.upkeep.verify import verify
 from stages.base import Outcome, Row, Stage, StageSettings
 from stages.embed import Embed
 from stages.text_encoders import TextEncoder

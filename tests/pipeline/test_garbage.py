@@ -15,12 +15,13 @@ from toys import Length, Limit, Shout, pipeline
 
 from manifests import log as logs
 from manifests.schema import digest
-from pipeline import config, dag, garbage, query
+from pipeline import config, dag, query
 from pipeline.dag import Pipeline
-from pipeline.garbage import collect
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
+from pipeline.upkeep import garbage
+from pipeline.upkeep.garbage import collect
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
 HOUR = 3600.0

@@ -22,13 +22,13 @@ from toys import Heavy, Length, Limit, pipeline
 from manifests.shards import Index, read_latents
 from manifests.store import StoreUnusable
 from pipeline import cli, config, dag, index, query
-from pipeline.audit import audit
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
-from pipeline.verify import verify
+from pipeline.upkeep.audit import audit
+from pipeline.upkeep.verify import verify
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
 

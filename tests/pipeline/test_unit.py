@@ -20,12 +20,12 @@ from pipeline import plan as planning
 from pipeline.account import account, summary
 from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
-from pipeline.repair import repair
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.streams import run_piece
 from pipeline.unit import Piece, Receipt, Retry
-from pipeline.verify import verify
+from pipeline.upkeep.repair import repair
+from pipeline.upkeep.verify import verify
 from stages.base import Failed, Outcome, Rejected, Row
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]

@@ -19,11 +19,11 @@ from manifests.store import StoreError
 from pipeline import dag, query
 from pipeline import plan as planning
 from pipeline.dag import Pipeline
-from pipeline.repair import repair
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
-from pipeline.verify import Damage, verify
+from pipeline.upkeep.repair import repair
+from pipeline.upkeep.verify import Damage, verify
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
 

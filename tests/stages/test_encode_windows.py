@@ -12,11 +12,12 @@ from numbered import make
 
 from manifests.schema import child_id, clip_id
 from manifests.shards import Index, read_latents
-from pipeline import account, audit, config, dag, index, query
+from pipeline import account, config, dag, index, query
 from pipeline.plan import plan
 from pipeline.report import Reporter
 from pipeline.run import Result, run
 from pipeline.unit import Retry
+from pipeline.upkeep import audit
 from stages.base import Context, StageError
 from stages.encode import Encode, EncodeSettings
 from stages.media.sampling import Sampling

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from embedded import TEXT, write_embeddings
+from networks import make as make_network
 
 from manifests.shards import (
     FIRST_FRAME,
@@ -24,6 +25,7 @@ from manifests.shards import (
     write_index,
 )
 from trainer.config import TrainSettings, parse_settings
+from trainer.families import FAMILIES
 
 Shape = tuple[int, int, int, int]
 
@@ -177,3 +179,16 @@ def settings_of(tmp_path: Path) -> Callable[..., TrainSettings]:
         return parse_settings({**small, **values})
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny pretrained network, each made once."""
+    known: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in known:
+            known[kind] = make_network(kind, tmp_path_factory.mktemp(kind) / FAMILIES[kind].part)
+        return known[kind]
+
+    return folder

@@ -8,7 +8,10 @@ from typing import Any
 import diffusers
 import torch
 
+from trainer.config import ModelConfig
+
 CHANNELS, WORDS = 4, 6  # of latents, and values of a text token
+SHAPE = (CHANNELS, 4, 4, 4)
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "unet3d": {
@@ -98,3 +101,37 @@ def shaken(net: Any, folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.02)
     net.save_pretrained(folder)
     return folder
+
+
+def config(kind: str, *, padding: str | None = None, **values: Any) -> ModelConfig:
+    model = {"kind": kind, **values.pop("model", {})}
+    if "path" not in model:
+        model["config"] = {**CONFIGS[kind], **model.get("config", {})}
+    text = {"encoder": "t5", "width": WORDS, "max_length": 5, "padding": padding or PADDING[kind]}
+    return ModelConfig.model_validate(
+        {
+            "model": model,
+            "text": {"kind": "stored"},
+            "objective": OBJECTIVE[kind],
+            "schedule": "scaled_linear",
+            "shape": SHAPE,
+            "latents": {
+                "vae": "vae",
+                "channels": CHANNELS,
+                "temporal": 4,
+                "spatial": 8,
+                "sampling": {"fps": 16.0},
+            },
+            "embeddings": text,
+            **values,
+        }
+    )
+
+
+def words(batch: int = 2, length: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.randn(batch, length, WORDS, generator=torch.Generator().manual_seed(5))
+    return values, torch.ones(batch, length, dtype=torch.bool)
+
+
+def latents(*shape: int) -> torch.Tensor:
+    return torch.randn(2, *(shape or SHAPE), generator=torch.Generator().manual_seed(6))

@@ -129,6 +129,21 @@ def test_zero_terminal_snr_is_diffusers() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("zero", [False, True])
+def test_shifted_schedules_are_cogvideoxs(shift: float, zero: bool) -> None:
+    from diffusers import CogVideoXDDIMScheduler
+
+    theirs = CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear", snr_shift_scale=shift, rescale_betas_zero_snr=zero
+    ).alphas_cumprod
+    ours = objectives.alphas_cumprod("scaled_linear", zero, shift)
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-4, atol=1e-7)
+    plain = objectives.alphas_cumprod("scaled_linear")
+    if not zero:
+        torch.testing.assert_close(ours / (1 - ours), plain / (1 - plain) / shift)
+
+
 def test_v_without_signal_asks_for_the_clip(x0: torch.Tensor, eps: torch.Tensor) -> None:
     a, s = objectives.path("v_prediction", "cosine", torch.full((3,), 0.999), True)
     assert (a.tolist(), s.tolist()) == ([0.0] * 3, [1.0] * 3)

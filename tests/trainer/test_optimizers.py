@@ -88,6 +88,11 @@ def test_what_does_not_go_together_is_told(values: dict[str, Any], told: str) ->
         settings(**values)
 
 
+def test_offload_is_for_one_process(model: Any) -> None:
+    with pytest.raises(SettingsError, match=r"there are 2 processes.*adamw_8bit"):
+        optimizers.build(model, settings(optimizer="adamw_offload", grad_clip=None), CPU, 2)
+
+
 @pytest.mark.skipif(not has("torchao") or torch.cuda.is_available(), reason="of no GPU")
 def test_offload_is_for_a_gpu(model: Any) -> None:
     with pytest.raises(SettingsError, match="this machine has none"):

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from networks import make
+from safetensors.torch import load_file
 
 from trainer.config import TrainSettings
 
@@ -48,3 +51,26 @@ def test_one_process_goes_on_where_two_stopped(
     assert list(losses) == [1, 2, 3, 4, 5, 6] == list(alone)
     assert len(set(alone.values())) == 6
     assert losses == pytest.approx(alone, rel=2e-3)
+
+
+def test_adapters_and_their_average_go_on_where_two_processes_stopped(
+    make_index: Any, settings_of: Any, tmp_path: Path
+) -> None:
+    made = make_index(embedded=True, first_frame=True)
+    file, net = tmp_path / "settings.json", str(make("wan", tmp_path / "net"))
+    common = {
+        "learning_rate": 1e-2,
+        "ema_decay": 0.9,
+        "text": {"kind": "stored"},
+        "model": {"kind": "wan", "path": net, "lora": {"rank": 2}, "first_frame": 0.5},
+    }
+    alone = run(settings_of(made, output=str(tmp_path / "alone"), **common), file, 1)
+    losses = run(settings_of(made, steps=3, batch_size=2, **common), file, 2)
+    losses |= run(settings_of(made, steps=6, **common), file, 1)
+    assert losses == pytest.approx(alone, rel=2e-3)
+    one, two = (
+        load_file(tmp_path / name / "checkpoint-6" / "ema.safetensors") for name in ("alone", "out")
+    )
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-4)

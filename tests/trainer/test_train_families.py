@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from networks import CLASSES, CONFIGS, make
+from accelerate.state import AcceleratorState
+from networks import CLASSES, CONFIGS, config, make
 from safetensors.torch import load_file
 
-from trainer import models
+from trainer import models, sample
 from trainer.checkpoint import CheckpointError
 from trainer.config import SettingsError
 from trainer.data import Loader
+from trainer.families import Family
 from trainer.losses import Traits, clip_losses
 from trainer.train import train
 
@@ -134,3 +137,42 @@ def test_shards_that_do_not_suit_are_told(
     made = make_index(embedded=True, **made_with)
     with pytest.raises(SettingsError, match=told):
         train(settings_of(made, **family("wan", config=CONFIGS["wan"], **values)))
+
+
+@pytest.fixture
+def precision_anew() -> Iterator[None]:
+    """accelerate keeps one for all of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("kind", ["wan", "ltx"])
+def test_what_adapters_leave_is_kept_in_half_precision(
+    kind: str,
+    precision_anew: None,
+    make_index: Any,
+    settings_of: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = make_index(embedded=True)
+    seen: list[Family] = []
+    halve = Family.halve
+    monkeypatch.setattr(Family, "halve", lambda *a: (seen.append(a[0]), halve(*a)))
+    values = family(kind, path=str(make(kind, tmp_path / "net")), lora={"rank": 2})
+    folder = train(settings_of(made, steps=2, mixed_precision="bf16", **values))
+    kept = getattr(seen[0].net, "_keep_in_fp32_modules", None) or ()
+    dtypes = {name: parameter.dtype for name, parameter in seen[0].net.named_parameters()}
+    for name, dtype in dtypes.items():
+        whole = ".lora_" in name or any(part in kept for part in name.split("."))
+        assert dtype == (torch.float32 if whole else torch.bfloat16), name
+    assert all(v.isfinite().all() for v in load_file(folder / "model.safetensors").values())
+
+
+def test_a_model_of_pictures_is_not_sampled_from_prompts(tmp_path: Path) -> None:
+    described = config("cogvideox", model={"config": {"in_channels": 8}, "first_frame": 0.9})
+    model = models.build(described)
+    models.save(model, model.state_dict(), described, tmp_path)
+    with pytest.raises(SettingsError, match="goes on from a picture"):
+        sample.make(tmp_path, ["a"], None, tmp_path / "a.gif")

@@ -52,6 +52,7 @@ def test_schedules_draw_times_evenly_unless_told(objective: str) -> None:
             ["zero_terminal_snr", "set objective to v_prediction"],
         ),
         ({"zero_terminal_snr": True}, ["zero_terminal_snr", "pure noise anyway", "v_prediction"]),
+        ({"snr_shift": 9}, ["snr_shift is 9.0", "set shift to 3,"]),
         ({"shift": 0}, ["train.shift is 0: it must be greater than 0"]),
         (
             {"shift": 3, "shift_tokens": [[256, 0.5], [4096, 1.15]]},

@@ -59,6 +59,11 @@ class Family(nn.Module):
         """Values of a text token."""
         raise NotImplementedError
 
+    @property
+    def needs_picture(self) -> bool:
+        """Whether it knows no videos without a picture."""
+        return False
+
     def check_channels(self, channels: int) -> None:
         """Raises SettingsError where the network takes other latents."""
         self.refuse_channels(channels, self.arch.in_channels, self.arch.out_channels)
@@ -109,7 +114,9 @@ class Family(nn.Module):
     @classmethod
     def describe(cls, settings: FamilySettings) -> tuple[dict[str, Any], str | None]:
         """The config.json of what `path` names, and in which of its folders it is."""
-        errors = []
+        path, errors = str(settings.path), []
+        if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+            raise SettingsError(f"train.model.path: there is no folder {path}")
         for folder in (settings.subfolder or cls.part, None):
             try:
                 options = {"subfolder": folder} if folder else {}
@@ -174,8 +181,8 @@ class Family(nn.Module):
         """Raises SettingsError where captions were not embedded as the network saw them."""
         if spec["padding"] != padding:
             raise SettingsError(
-                f"captions were embedded with padding {spec['padding']}, but {self.kind} was "
-                f"trained on {padding}: set embed.padding so and `vidpipe run`"
+                f"captions were embedded with padding {spec['padding']}, but {self.kind} takes "
+                f"{padding}: set embed.padding so and `vidpipe run`"
             )
         if length is not None and spec["max_length"] != length:
             raise SettingsError(
@@ -209,6 +216,16 @@ class Family(nn.Module):
     def checkpoint(self) -> None:
         """Computes activations again in the backward pass rather than keeping them."""
         self.net.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def halve(self, precision: str) -> None:
+        """Keeps what adapters leave as it is in the half precision it is computed in, but for what
+        diffusers keeps in float32."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        kept = getattr(self.net, "_keep_in_fp32_modules", None) or ()
+        for name, parameter in self.net.named_parameters():
+            whole = parameter.requires_grad or any(part in kept for part in name.split("."))
+            if dtype is not None and not whole:
+                parameter.data = parameter.data.to(dtype)
 
     def with_first(self, x: Tensor, first: Tensor | None, told: Tensor | None) -> Tensor:
         """The latents, their first frame that of the picture where a clip is told it."""

@@ -31,6 +31,10 @@ class CogVideoX(Family):
     def text_width(self) -> int:
         return int(self.arch.text_embed_dim)
 
+    @property
+    def needs_picture(self) -> bool:
+        return bool(self.arch.in_channels > self.arch.out_channels)
+
     def check_channels(self, channels: int) -> None:
         takes, gives = self.arch.in_channels, self.arch.out_channels
         if takes == 2 * gives == 2 * channels:

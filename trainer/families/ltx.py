@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,9 @@ class LTX(Family):
         values = math.prod(self.patch)
         takes, gives = self.arch.in_channels / values, self.arch.out_channels / values
         self.refuse_channels(channels, takes, gives)
+
+    def check_text(self, spec: dict[str, Any]) -> None:
+        self.refuse_padding(spec, "none", None)  # it does not attend to padding
 
     def forward(
         self,

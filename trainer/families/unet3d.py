@@ -65,6 +65,9 @@ class UNet3D(Family):
     def check_text(self, spec: dict[str, Any]) -> None:
         self.refuse_padding(spec, "max_length", None)  # it has no mask
 
+    def halve(self, precision: str) -> None:
+        """Not at all: the export holds these weights."""
+
     def checkpoint(self) -> None:
         blocks = [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]  # type: ignore[misc]
         for block in blocks:  # diffusers has none for it

@@ -17,13 +17,13 @@ from projects import CAPTIONS, Made, close
 
 from manifests.shards import ShardError
 from pipeline import index, query
-from pipeline.audit import audit
-from pipeline.cli_export import NAMES
+from pipeline.commands.export import NAMES
 from pipeline.export import TARGETS
 from pipeline.export import exporting as module
 from pipeline.export.base import ExportError, Options
 from pipeline.export.exporting import export
 from pipeline.export.ledger import NAME, Ledger
+from pipeline.upkeep.audit import audit
 
 Make = Callable[..., Made]
 ROOT = Path(__file__).parents[3]

@@ -1,7 +1,7 @@
 """`vidpipe verify`: is everything that the commits name still there, byte for byte?
 
 It reads the workdir with as few assumptions as it can: what no longer parses is a finding, not an
-error. `pipeline.repair` mends what is found.
+error. `pipeline.upkeep.repair` mends what is found.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli_options import load, with_config
+from pipeline.commands.options import load, with_config
 
 PROGRESS_SECONDS = 5.0
 _WIDTH = 90  # characters of a caption on the console

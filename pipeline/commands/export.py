@@ -6,7 +6,7 @@ import time
 
 import click
 
-from pipeline.cli_options import load, with_config
+from pipeline.commands.options import load, with_config
 
 # As in `pipeline.export.TARGETS`, which takes Arrow along: `--help` has no use for it.
 NAMES = (

@@ -23,7 +23,10 @@ from manifests.ledger import Ledger
 from manifests.log import Commit, Counts, standing
 from manifests.schema import ABSENT, FAILED, KEPT, OUTCOME, PENDING, REJECTED, row_key
 from manifests.view import SOURCE_LAYER, Layer, UnitView
-from pipeline.audit_across import (
+from pipeline.dag import Pipeline
+from pipeline.index import caption_column, captions_column, needed, up_to_date
+from pipeline.plan import views
+from pipeline.upkeep.across import (
     IDS,
     READY,
     Audit,
@@ -33,10 +36,7 @@ from pipeline.audit_across import (
     audit_scan,
     told_twice,
 )
-from pipeline.dag import Pipeline
-from pipeline.index import caption_column, captions_column, needed, up_to_date
-from pipeline.plan import views
-from pipeline.verify import sha256_of
+from pipeline.upkeep.verify import sha256_of
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

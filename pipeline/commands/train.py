@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipeline.cli_options import load, with_config
+from pipeline.commands.options import load, with_config
 
 
 @click.command()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli_options import load, with_config
+from pipeline.commands.options import load, with_config
 
 if TYPE_CHECKING:
     from pipeline.estimate.estimate import Estimate

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.cli_options import duration, load, with_config
+from pipeline.commands.options import duration, load, with_config
 
 PROGRESS_SECONDS = 5.0
 
@@ -44,8 +44,8 @@ def gc(
     Training's output and files that vidpipe did not name are never touched.
     """
     from manifests.faults import size
-    from pipeline.garbage import UNUSED, collect
     from pipeline.output import text_table
+    from pipeline.upkeep.garbage import UNUSED, collect
 
     found = collect(load(file, overrides), grace, delete, fingerprints)
     if as_json:
@@ -98,9 +98,9 @@ def verify(
     """
     from manifests.faults import size
     from pipeline.output import text_table
-    from pipeline.repair import repair as mend
-    from pipeline.verify import Seen
-    from pipeline.verify import verify as examine
+    from pipeline.upkeep.repair import repair as mend
+    from pipeline.upkeep.verify import Seen
+    from pipeline.upkeep.verify import verify as examine
 
     last = [time.monotonic()]
     total = Seen()
@@ -141,9 +141,9 @@ def audit(file: str, overrides: tuple[str, ...], quick: bool, as_json: bool) -> 
 
     One line a stage; exits with 1 and names clips, units or files where it is not so.
     """
-    from pipeline.audit import audit as prove
-    from pipeline.audit import equation
-    from pipeline.audit_across import INDEX
+    from pipeline.upkeep.across import INDEX
+    from pipeline.upkeep.audit import audit as prove
+    from pipeline.upkeep.audit import equation
 
     last = [time.monotonic()]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli_options import load, with_config
+from pipeline.commands.options import load, with_config
 
 
 @click.command()

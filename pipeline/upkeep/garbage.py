@@ -23,7 +23,7 @@ from manifests.log import SNAPSHOTS, Log, standing
 from manifests.schema import KEPT
 from manifests.store import Store
 from pipeline.dag import Pipeline
-from pipeline.verify import snapshot_lines
+from pipeline.upkeep.verify import snapshot_lines
 
 DATA = "data that no commit names"
 PARTS = "unfinished files"

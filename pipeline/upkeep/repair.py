@@ -20,7 +20,16 @@ from manifests.log import Commit, Counts, Log, line_of, standing
 from manifests.store import Store, StoreError
 from manifests.view import SOURCE_LAYER, tally
 from pipeline.dag import Pipeline
-from pipeline.verify import COMMIT, DATA, MEDIUM, SCAN, SNAPSHOT, Damage, read_log, snapshot_lines
+from pipeline.upkeep.verify import (
+    COMMIT,
+    DATA,
+    MEDIUM,
+    SCAN,
+    SNAPSHOT,
+    Damage,
+    read_log,
+    snapshot_lines,
+)
 
 # In the place of an attempt that nobody knows any more.
 UNKNOWN = "damaged"

@@ -1,0 +1,167 @@
+"""The trainer's loader: MB/s against plain sequential reads of the same files, and how long the
+demo's training waits for data."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.figures import VIDPIPE, report
+from manifests.shards import INDEX, LATENTS, Index, LatentSpec, with_facts, write_index
+from manifests.store import Store
+from trainer.config import TrainSettings
+from trainer.data import Loader
+
+MIB = 1 << 20
+CHUNK = 16 * MIB  # of a plain read
+BATCH = 4
+SHAPES = {
+    "21 x 60 x 104": (32, 21, 60, 104),  # 81 frames of 480 x 832 by Wan's VAE: 8 MB in bfloat16
+    "16 x 32 x 32": (8, 16, 32, 32),  # 16 frames of 256 x 256 by Stable Diffusion's: 0.25 MB
+}
+
+
+def make(folder: Path, shape: tuple[int, ...], size: int, shards: int) -> Path:
+    """Shards as the stage encode writes them, of `size` bytes together; the index' path."""
+    store = Store(str(folder))
+    clip = int(np.prod(shape)) * 2
+    spec = LatentSpec(
+        "none", "none", "0" * 64, "f", True, shape[0] // 2, 4, 8, [0.0] * (shape[0] // 2),
+        [1.0] * (shape[0] // 2),
+    )  # fmt: skip
+    draw, rows = np.random.default_rng(0), []
+    schema = pa.schema([pa.field("clip_id", pa.string()), *LATENTS])
+    for number in range(shards):
+        count, name = max(1, size // shards // clip), f"encode/f/u{number}.parquet"
+        ids = [f"{number:08}{row:016}" for row in range(count)]
+        made = {
+            "latents_shape": list(shape),
+            "latents_dtype": "bfloat16",
+            "frame_times": [k / 16 for k in range(81)],
+            "latents_fps": 16.0,
+            "window_start": 0.0,
+            "window_end": 5.0,
+        }
+        table = pa.Table.from_pylist(
+            [{"clip_id": clip_id, "latents": draw.bytes(clip), **made} for clip_id in ids], schema
+        )
+        store.write_parquet(name, with_facts(table, {"spec": spec.to_json()}))
+        place = {"shard": name, "shape": list(shape), "caption": "a caption"}
+        rows += [{"clip_id": c, "row": row, **place} for row, c in enumerate(ids)]
+    path = folder / "index.parquet"
+    write_index(str(path), str(folder), [pa.Table.from_pylist(rows, INDEX)], spec, {})
+    return path
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Has the system's cache drop them, as far as it does."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def plain(files: Sequence[Path]) -> int:
+    read, buffer = 0, bytearray(CHUNK)
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while count := opened.readinto(buffer):
+                read += count
+    return read
+
+
+def load(index: Path) -> int:
+    """An epoch's batches as the model gets them; the bytes of their latents."""
+    loader = Loader(
+        Index.open(str(index)),
+        TrainSettings(index=str(index), output=index.parent / "out", batch_size=BATCH),
+    )
+    with closing(loader.batches(loader.start())) as batches:
+        return sum(b.stored.nbytes for b in islice(batches, len(loader) // BATCH))
+
+
+def run(work: Callable[[], int]) -> tuple[float, float]:
+    """MiB/s, and CPU seconds a GiB of all threads."""
+    began, cpu = time.perf_counter(), time.process_time()
+    size = work() / MIB
+    return size / (time.perf_counter() - began), (time.process_time() - cpu) / size * 1024
+
+
+def reading(args: argparse.Namespace) -> list[tuple[str, str]]:
+    rows = []
+    for title, shape in SHAPES.items():
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            index = make(Path(name), shape, args.mib * MIB, args.shards)
+            files = sorted(Path(name).rglob("u*.parquet"))
+            for state in ("from disk", "cached"):
+                theirs, ours = [], []
+                for _ in range(args.rounds):
+                    for work, found in (
+                        (partial(plain, files), theirs),
+                        (partial(load, index), ours),
+                    ):
+                        if state == "from disk":
+                            forget(files)
+                        found.append(run(work))
+                ratios = [o / t for (t, _), (o, _) in zip(theirs, ours)]
+                speeds, cpu = (
+                    [statistics.median(values) for values in pair]
+                    for pair in zip(*(zip(*found) for found in (theirs, ours)))
+                )
+                title_of = f"{title}, {state}: "
+                rows += [
+                    (title_of + "plain, loader", "{:.0f}, {:.0f} MiB/s".format(*speeds)),
+                    (title_of + "CPU", "{:.2f}, {:.2f} s a GiB".format(*cpu)),
+                    (
+                        title_of + "ratio",
+                        f"{statistics.median(ratios):.2f} (best {max(ratios):.2f})",
+                    ),
+                ]
+    return rows
+
+
+def waiting() -> list[tuple[str, str]]:
+    """Of `vidpipe demo`'s training, by what it logs every ten steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as name:
+        command = [*VIDPIPE, "demo", f"{name}/demo"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        (logs,) = {file.parent for file in Path(name).rglob("events.out.tfevents*")}
+        events = EventAccumulator(str(logs))
+        events.Reload()
+        shares = [event.value for event in events.Scalars("data_wait")]
+    told = ", ".join(f"{share:.2%}" for share in shares)
+    return [("data-wait share of the demo's training, of ten steps each", told)]
+
+
+def measure(args: argparse.Namespace) -> list[tuple[str, str]]:
+    return [*reading(args), *(waiting() if not args.no_demo else [])]
+
+
+if __name__ == "__main__":
+    report(
+        measure,
+        __doc__ or "",
+        {
+            "--mib": {"type": int, "default": 4096, "help": "of shards, for each shape"},
+            "--shards": {"type": int, "default": 16, "help": "files they are in"},
+            "--rounds": {"type": int, "default": 5, "help": "each: plain, then the loader"},
+            "--folder": {"type": Path, "default": None, "help": "where shards go; default: /tmp"},
+            "--no-demo": {"action": "store_true", "help": "leave the demo's training out"},
+        },
+    )

@@ -1,0 +1,1 @@
+"""The commands of `vidpipe`: thin shells over library calls."""
