@@ -81,9 +81,12 @@ class Committer:
             self.begin()
 
     def through(self) -> bool:
-        """Whether all that was taken is committed; begins that, unless a commit is under way."""
+        """Whether all that was taken is committed, or can't be, as `close` then says; begins that,
+        unless a commit is under way."""
         if self._running is not None and not self._running.done():
             return False
+        if self._running is not None and self._running.exception() is not None:
+            return True
         self.begin_rest()
         return self._running is None or self._running.done()
 

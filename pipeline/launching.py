@@ -142,7 +142,9 @@ def call(command: Sequence[str], environment: Mapping[str, str] = {}) -> int:
             asked = True
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, stop) for number in numbers}
+        # nohup has the trainer outlive its terminal
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in heard}
         try:
             return process.wait()
         finally:
@@ -194,7 +196,7 @@ def slurm_script(fleet: Fleet, folder: Path, directives: Sequence[str], *trainer
         f"--nodes={fleet.nodes}",
         "--ntasks-per-node=1",
         *([] if fleet.cpu else [f"--gpus-per-node={fleet.processes}"]),
-        f"--output={folder}/slurm-%j.log",
+        f"--output={shlex.quote(f'{folder}/slurm-%j.log')}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{NOTICE_SECONDS}",
@@ -209,12 +211,13 @@ def slurm_script(fleet: Fleet, folder: Path, directives: Sequence[str], *trainer
             f"cd {shlex.quote(str(Path.cwd()))}",
             'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             "# Slurm tells some minutes before the time is up, and when it takes the nodes away.",
+            "# scancel hands it on to the trainers; srun would kill them at a SIGTERM of its own.",
             "again=",
-            "trap 'again=1; kill -TERM \"$step\"' USR1",
-            "trap 'kill -TERM \"$step\"' TERM",
+            "trap 'again=1; scancel --signal=TERM \"$SLURM_JOB_ID\"' USR1",
+            "trap 'scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
             f"srun bash -c {shlex.quote(f'exec env {node}')} &",
             "step=$!",
-            'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done',
+            'while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done',
             'if [ -n "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; exit 0; fi',
             'exit "$code"',
             "",

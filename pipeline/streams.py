@@ -175,9 +175,12 @@ class Streams:
         where several units were in flight: each of them is run again alone."""
         units, self._open = self._open, []
         self._flying.clear()
+        if fault is not None and not units:
+            raise fault  # by who watches: no unit's
         at_work = [unit for unit in units if not unit.answered] or units[-1:]
         again = len(at_work) > 1 and fault is not None and not _halting(fault, self._store)
         for unit in units:
+            unit.abandon()  # what dies while another one is run again, dies not of these
             sound = self._close(unit)
             if sound and again and unit in at_work:
                 self._alone.append((unit.piece, unit.receipt))

@@ -162,6 +162,12 @@ class OpenUnit:
         an earlier commit failed."""
         self._settle(self._flying.pop(number), 1, outcomes)
 
+    def abandon(self) -> None:
+        """The stage has none of its batches any more, answered or not."""
+        for places in self._flying.values():
+            self.piece.watch.through(_picked(self._book, places).column("clip_id"))
+        self._flying.clear()
+
     def _settle(self, places: Places, tries: pa.Array | int, outcomes: Any) -> None:
         own = _picked(self._book, places)
         new = settle(self._stage, _tried(own, tries), outcomes)

@@ -45,7 +45,7 @@ class Watch:
         """The stage is about to get these clips: from now on they are in flight."""
 
     def through(self, ids: pa.ChunkedArray) -> None:
-        """These clips are in flight no more: they are settled."""
+        """These clips are in flight no more: they are settled, or their stream has broken off."""
 
     def committed(self, counts: Counts) -> None:
         """Rows that were settled are committed, these many."""

@@ -76,9 +76,16 @@ class InProcess(Runs):
     def __init__(self) -> None:
         self._stage: AnyStage | None = None
         self._model: Kept | None = None
+        self._lock = threading.Lock()  # an actor on Ray has several calls at once
 
     def submit(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Future[Receipt]:
         """It is run when this returns, with the model of the last stage that has one kept."""
+        done: Future[Receipt] = Future()
+        with self._lock:
+            done.set_result(self._through(job, unit, driver, part))
+        return done
+
+    def _through(self, job: Job, unit: str, driver: Driver, part: Part) -> Receipt:
         stage = job.stage
         model: Callable[[], Any] = stage.setup
         if stage.loads_model:
@@ -87,10 +94,8 @@ class InProcess(Runs):
                 self._stage, self._model = stage, Kept(stage)
             model = self._model or stage.setup
         piece = Piece(unit, part, _Stoppable(driver), driver.rows)
-        done: Future[Receipt] = Future()
         with telling(driver.note):
-            done.set_result(run_piece(job.store, job.dag, stage, model, piece, job.retry))
-        return done
+            return run_piece(job.store, job.dag, stage, model, piece, job.retry)
 
     def close(self) -> None:
         """Gives the model back: there is no process to end."""
@@ -218,7 +223,6 @@ class Worker(Runs):
                 beside.job is not order.job or beside.suspects.any or order.suspects.any
             ):
                 return
-            self._waiting.popleft()
             stillborn = self._stillborn.get(order.stage, [])
             if order.driver.stopping():
                 order.end()
@@ -226,6 +230,7 @@ class Worker(Runs):
                 order.end(stillborn[-1])
             else:
                 self._hand(order)
+            self._waiting.popleft()  # not before: whatever was raised, its caller hears of it
 
     def _hand(self, order: _Order) -> None:
         if not self._open:
@@ -254,18 +259,22 @@ class Worker(Runs):
         """Takes in one message, or looks at the clock."""
         process = self._process
         assert process is not None
+        stops = self._asked is None and any(o.driver.stopping() for o in self._open.values())
+        message: bytes | None = None
         try:
-            if self._asked is None and any(o.driver.stopping() for o in self._open.values()):
+            if stops:
                 self._asked = time.monotonic()
                 process.connection.send(("stop",))
             if process.connection.poll(TICK_SECONDS):
-                self._hear(*json.loads(process.connection.recv_bytes()))
+                message = process.connection.recv_bytes()
             # A process that the child left behind may hold the pipe open.
             elif process.process.poll() is not None and not process.connection.poll():
                 raise EOFError
         except (EOFError, OSError):
             self._died(Death(process.wait()), given_up=self._asked is not None)
             return
+        if message is not None:  # what a driver raises is no death
+            self._hear(*json.loads(message))
         now = time.monotonic()
         if self._asked is not None and now - self._asked > GRACE_SECONDS and self._open:
             process.kill()
@@ -307,20 +316,20 @@ class Worker(Runs):
     def _died(self, death: Death, given_up: bool = False) -> None:
         """Ends what is left of the process, and has its units run again."""
         orders = list(self._open.values())
-        self._open = {}
         self._end()
         for order in orders:
             order.take_back()
-            if given_up:
-                order.end()
-        if given_up:
-            return
-        blamed = [order for order in orders if order.ids]
+        blamed = [] if given_up else [order for order in orders if order.ids]
         for order in blamed:
             order.suspects.died(order.stage, list(order.ids), death)
         if blamed:
             blamed[0].driver.note(_told(blamed, death))
-        elif orders and self._idle(orders[0], death):
+        self._open = {}  # not before: what a driver raises up to here, all their callers hear
+        if given_up:
+            for order in orders:
+                order.end()
+            return
+        if orders and not blamed and self._idle(orders[0], death):
             del orders[0]
         self._waiting.extendleft(reversed(orders))
 

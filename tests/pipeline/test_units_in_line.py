@@ -123,6 +123,25 @@ def test_a_fault_is_that_of_its_unit_alone(tmp_path: Path) -> None:
     assert sum(r.counts.kept for r in receipts if not r.error) == 13 - 3
 
 
+def test_while_one_is_run_again_no_other_is_in_flight(tmp_path: Path) -> None:
+    """Or a death would be blamed on both, and the other one's clips be tried apart."""
+    made = made_of(tmp_path, ["clip 0", "clip 1", "clip 2", "crash", *CAPTIONS[3:8]])
+    beside: list[int] = []
+    watches: list[Watched] = []
+
+    class Alone(Watched):
+        def begin(self, ids: pa.ChunkedArray) -> None:
+            super().begin(ids)
+            beside.append(sum(1 for watch in watches if watch.flying))
+
+    line = [Piece(piece.unit, watch=Alone()) for piece in pieces(made, Watched())]
+    watches += [piece.watch for piece in line if isinstance(piece.watch, Watched)]
+    receipts = through(made, line)
+    assert sum(r.error is not None for r in receipts) == 1
+    broke = beside.index(2) + 1
+    assert set(beside[broke : broke + 3]) == {1}, beside
+
+
 def test_a_plain_stage_s_fault_costs_nobody_else_a_second_call(tmp_path: Path) -> None:
     """It answers before it takes more, so the unit before is through."""
     calls: list[str] = []

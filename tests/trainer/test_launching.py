@@ -112,6 +112,17 @@ def test_a_stop_is_handed_on_and_is_no_failure(
     assert f"stopped at step {saved.name.split('-')[1]} of 100000" in capfd.readouterr().err
 
 
+def test_under_nohup_a_hangup_stops_nothing() -> None:
+    child = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        waits = f"{child}; signal.signal(15, lambda *_: os._exit(3)); import time; time.sleep(2)"
+        assert call([sys.executable, "-c", waits]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # ---------------------------------------------------------------------------- several nodes
 
 
@@ -127,9 +138,10 @@ def test_two_nodes_by_hand(make_index: Any, settings_of: Any, tmp_path: Path) ->
 
 
 SRUN = """#!/bin/bash
-# As Slurm's: a task a node; a signal goes to all of them.
-trap 'kill -TERM $tasks' TERM
+# As Slurm's: a task a node; a SIGTERM to srun itself kills them.
+trap 'kill -KILL $tasks' TERM
 for rank in 0 1; do SLURM_PROCID=$rank "$@" & tasks="$tasks $!"; done
+echo $tasks > "$NOTED.tasks"
 for task in $tasks; do while kill -0 $task 2>/dev/null; do wait $task; done; done
 """
 SCONTROL = """#!/bin/bash
@@ -138,13 +150,16 @@ show) echo 127.0.0.1 ;;
 requeue) echo "requeue $2" >> "$NOTED" ;;
 esac
 """
+SCANCEL = """#!/bin/bash
+[ "$*" = "--signal=TERM 77" ] && kill -TERM $(cat "$NOTED.tasks")
+"""
 
 
 def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stands in for the commands that a batch script calls; returns what they note."""
     tools, noted = folder / "bin", folder / "noted"
     tools.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
