@@ -80,6 +80,7 @@ INDEX = pa.schema(
         pa.field("text_shard", pa.string()),
         pa.field("text_row", pa.int32()),
         pa.field("captions", CAPTIONS),  # all of the clip, where it has several
+        pa.field("source_id", pa.string()),  # of the clip that it is a part of, or its own
     ]
 )
 

@@ -105,6 +105,7 @@ def _ready(view: UnitView, wanted: Sequence[str], column: str) -> pa.Table:
         "row": latents.row.cast(pa.int32()),
         "shape": view.table.column("latents_shape").take(rows),
         **dict.fromkeys(("text_key", "text_shard", "text_row", "captions"), pa.nulls(len(rows))),
+        "source_id": view.source_ids(rows),
     }
     if (several := captions_column(column)) in view.table.column_names:
         columns["captions"] = view.table.column(several).take(rows)

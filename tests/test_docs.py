@@ -21,6 +21,7 @@ from trainer.config import (
     LoraSettings,
     TextSettings,
     TrainSettings,
+    ValidationSettings,
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -35,7 +36,11 @@ def test_the_page_of_settings_is_the_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [TrainSettings, DiTSettings, FamilySettings, LoraSettings, TextSettings, Expect]
+    "model",
+    [
+        *(TrainSettings, DiTSettings, FamilySettings, LoraSettings, TextSettings, Expect),
+        ValidationSettings,
+    ],
 )
 def test_every_training_setting_is_explained(model: type[BaseModel]) -> None:
     page = (DOCS / "training.md").read_text()

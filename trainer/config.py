@@ -17,11 +17,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from trainer.sections import (
     MODELS,
     DiTSettings,
+    Expect,
     FamilySettings,
     LoraSettings,
     Model,
     Section,
     SettingsError,
+    ValidationSettings,
 )
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "SettingsError",
     "TextSettings",
     "TrainSettings",
+    "ValidationSettings",
     "load_settings",
     "parse_settings",
 ]
@@ -50,40 +53,6 @@ class TextSettings(Section):
     length: int = Field(48, ge=2, le=4096, description="tokens of a caption; the rest is cut off")
     layers: int = Field(2, ge=0, le=48, description="transformer layers over the text tokens")
     buckets: int = Field(8192, ge=256, le=2**22, description="rows of the table of hashed words")
-
-
-class Expect(Section):
-    """What latents and text embeddings must have been made with; what is left out is not checked.
-    `size`, a side or [height, width], stands for both."""
-
-    policy: Literal["time", "seed", "interval"] | None = Field(
-        None, description="which frames stand for a clip"
-    )
-    fps: float | None = Field(None, gt=0, description="frames a second of a clip")
-    interval: int | None = Field(
-        None, ge=1, description="of policy interval: from one frame to the next"
-    )
-    frames: int | None = Field(None, ge=1, description="frames of a clip")
-    height: int | None = Field(None, ge=1, description="pixels")
-    width: int | None = Field(None, ge=1, description="pixels")
-    buckets: tuple[tuple[int, int, int], ...] | None = Field(
-        None, description="all shapes of clips: [frames, height, width] each"
-    )
-    vae: str | None = Field(None, description="the VAE as configured, or its weights' sha256")
-    encoder: str | None = Field(
-        None, description="of text embeddings, as configured, or its files' sha256"
-    )
-    max_length: int | None = Field(None, ge=1, description="of text embeddings: tokens")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sides(cls, values: Any) -> Any:
-        match values:
-            case {"size": [height, width], **rest}:
-                return {"height": height, "width": width, **rest}
-            case {"size": size, **rest}:
-                return {"height": size, "width": size, **rest}
-        return values
 
 
 class TrainSettings(Section):
@@ -212,6 +181,9 @@ class TrainSettings(Section):
     model: Model = Field(default_factory=DiTSettings, description="the model")
     text: TextSettings = Field(default_factory=TextSettings, description="the captions")
     expect: Expect = Field(default_factory=Expect, description="checks against the index")
+    validation: ValidationSettings = Field(
+        default_factory=ValidationSettings, description="clips that are held back"
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

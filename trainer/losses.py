@@ -42,23 +42,63 @@ def clip_losses(
     traits: Traits,
 ) -> Tensor:
     """The loss of each clip (B,), its time and noise keyed on the visit."""
-    kind, seed = settings.objective, settings.seed
     visits = list(zip(batch.epochs, batch.clip_ids))
     x0 = batch.latents(device)
     time = draw_times(settings, visits, math.prod(x0.shape[2:]) // traits.cells).to(device)
     noise = torch.empty_like(x0)
     for row, (epoch, clip) in zip(noise, visits):
-        row.normal_(generator=keyed("noise", seed, epoch, clip, str(device)))
+        row.normal_(generator=keyed("noise", settings.seed, epoch, clip, str(device)))
+    text = text_of(batch, settings, device)
+    picture = first_frames(batch, settings, device)
+    return _losses(model, settings, traits, x0, noise, time, text, picture, settings.loss_weight)
 
+
+def losses_at(
+    model: nn.Module,
+    batch: Batch,
+    settings: TrainSettings,
+    device: torch.device,
+    traits: Traits,
+    times: Tensor,
+) -> Tensor:
+    """The losses (T,) of a batch of one clip at all of `times`, unweighted, each with noise of its
+    own that is the same whenever it is asked for."""
+    (clip,), many = batch.clip_ids, len(times)
+    if settings.objective != "flow":
+        times = objectives.on_schedule(times)
+    x0 = batch.latents(device).repeat(many, 1, 1, 1, 1)
+    noise = torch.empty_like(x0)
+    for number, row in enumerate(noise):
+        row.normal_(generator=keyed("validation", settings.seed, number, clip, str(device)))
+    text = _repeated(text_of(batch, settings, device), many)
+    first = batch.first_frames(device)
+    picture: tuple[Tensor, Tensor] | tuple[()] = ()
+    if first is not None and isinstance(settings.model, FamilySettings):
+        told = torch.full((many,), settings.model.first_frame > 0, device=device)
+        picture = first.repeat(many, 1, 1, 1, 1), told
+    return _losses(model, settings, traits, x0, noise, times.to(device), text, picture, "none")
+
+
+def _losses(
+    model: nn.Module,
+    settings: TrainSettings,
+    traits: Traits,
+    x0: Tensor,
+    noise: Tensor,
+    time: Tensor,
+    text: Text,
+    picture: tuple[Tensor, Tensor] | tuple[()],
+    weighting: objectives.Weighting,
+) -> Tensor:
+    """Of latents, noise and times, one a row: (B,)."""
+    kind = settings.objective
     a, s = objectives.path(
         kind, settings.schedule, time, settings.zero_terminal_snr, settings.snr_shift
     )
-    text = text_of(batch, settings, device)
-    picture = first_frames(batch, settings, device)
     output = model(objectives.add_noise(x0, noise, a, s), time, text, *picture)
     wanted = objectives.target(kind, x0, noise, a, s)
     gamma = settings.min_snr_gamma or MIN_SNR_GAMMA
-    weights = objectives.weight(kind, a, s, settings.loss_weight, gamma)
+    weights = objectives.weight(kind, a, s, weighting, gamma)
     counted = None
     if picture and traits.clean_frame:
         counted = torch.ones_like(x0[:, :1])
@@ -92,6 +132,14 @@ def draw_times(settings: TrainSettings, visits: Sequence[tuple[int, str]], token
     ]
     time = objectives.shifted(torch.stack(times), shift)
     return time if settings.objective == "flow" else objectives.on_schedule(time)
+
+
+def _repeated(text: Text, many: int) -> Text:
+    """Of one clip, for so many rows."""
+    if isinstance(text, Tensor):
+        return text.repeat(many, 1)
+    values, mask = text
+    return values.repeat(many, 1, 1), mask.repeat(many, 1)
 
 
 def text_of(batch: Batch, settings: TrainSettings, device: torch.device) -> Text:

@@ -1,4 +1,4 @@
-"""The settings of the model that `vidpipe train` trains: the section `train.model`, typed."""
+"""The sections within `train`: the model, what is expected of the index, validation."""
 
 from __future__ import annotations
 
@@ -107,3 +107,47 @@ Model = Annotated[
     Annotated[DiTSettings, Tag(DIT)] | Annotated[FamilySettings, Tag(FAMILY)],
     Discriminator(_kind),
 ]
+
+
+class Expect(Section):
+    """What latents and text embeddings must have been made with; what is left out is not checked.
+    `size`, a side or [height, width], stands for both."""
+
+    policy: Literal["time", "seed", "interval"] | None = Field(
+        None, description="which frames stand for a clip"
+    )
+    fps: float | None = Field(None, gt=0, description="frames a second of a clip")
+    interval: int | None = Field(
+        None, ge=1, description="of policy interval: from one frame to the next"
+    )
+    frames: int | None = Field(None, ge=1, description="frames of a clip")
+    height: int | None = Field(None, ge=1, description="pixels")
+    width: int | None = Field(None, ge=1, description="pixels")
+    buckets: tuple[tuple[int, int, int], ...] | None = Field(
+        None, description="all shapes of clips: [frames, height, width] each"
+    )
+    vae: str | None = Field(None, description="the VAE as configured, or its weights' sha256")
+    encoder: str | None = Field(
+        None, description="of text embeddings, as configured, or its files' sha256"
+    )
+    max_length: int | None = Field(None, ge=1, description="of text embeddings: tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sides(cls, values: Any) -> Any:
+        match values:
+            case {"size": [height, width], **rest}:
+                return {"height": height, "width": width, **rest}
+            case {"size": size, **rest}:
+                return {"height": size, "width": size, **rest}
+        return values
+
+
+class ValidationSettings(Section):
+    """Clips that are held back, and when the loss on them is told."""
+
+    share: float = Field(
+        0.0, ge=0, lt=1, description="of the source's clips, by their hash; 0: none, no validation"
+    )
+    every: int = Field(500, ge=1, description="steps between two looks")
+    clips: int = Field(64, ge=1, description="that are looked at, at most")

@@ -35,6 +35,7 @@ from trainer.ema import Ema
 from trainer.families import Family
 from trainer.losses import Traits, clip_losses
 from trainer.models import adapted, build
+from trainer.validation import Validation, split
 
 ECHO_SECONDS = 10.0  # for which a second signal is the first one's
 
@@ -57,7 +58,9 @@ def train(settings: TrainSettings) -> Path:
     device, world = accelerator.device, accelerator.num_processes
     say = accelerator.on_main_process(lambda line: print(shown(line), file=sys.stderr, flush=True))
     pin = device.type == "cuda"
+    index, held = split(index, settings)
     loader = Loader(index, settings, accelerator.process_index, world, pin)
+    validation = Validation(held, settings, accelerator) if held is not None else None
 
     # ------------------------------------------------------------------------- model and optimiser
     config = ModelConfig(
@@ -108,6 +111,8 @@ def train(settings: TrainSettings) -> Path:
         f"{device.type}, mixed precision {accelerator.mixed_precision}, steps {step} to "
         f"{settings.steps}"
     )
+    if validation is not None:
+        say(f"{validation.clips} clips are looked at that are held back from training")
     if index.text is not None and loader.embeddings is None:
         say("the index has text embeddings, which are not used: train.text.kind is not stored")
 
@@ -146,6 +151,12 @@ def train(settings: TrainSettings) -> Path:
                 values = {**meter.read(), **values, "epoch": position.epoch}
                 accelerator.log(values, step=step)
                 say(line(step, settings.steps, values))
+            if validation is not None and (
+                step % settings.validation.every == 0 or step == settings.steps
+            ):
+                values = validation.losses(model, traits)
+                accelerator.log(values, step=step)
+                say(f"step {step}/{settings.steps}  validation loss {values['val_loss']:.4f}")
             if step % settings.save_every == 0 or step == settings.steps or stopped:
                 saved = folder = checkpoints.save(
                     accelerator, settings.output, step, position, config, settings.keep, ema
