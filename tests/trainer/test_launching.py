@@ -142,6 +142,7 @@ SRUN = """#!/bin/bash
 trap 'kill -KILL $tasks' TERM
 for rank in 0 1; do SLURM_PROCID=$rank "$@" & tasks="$tasks $!"; done
 echo $tasks > "$NOTED.tasks"
+echo "$SRUN_CPUS_PER_TASK" > "$NOTED.cpus"
 for task in $tasks; do while kill -0 $task 2>/dev/null; do wait $task; done; done
 """
 SCONTROL = """#!/bin/bash
@@ -173,6 +174,7 @@ def test_a_batch_script_runs_and_queues_itself_again_when_the_time_is_up(
     make_index: Any, settings_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted = slurm(tmp_path, monkeypatch)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
     made = make_index()
     settings = settings_of(made, steps=100_000, save_every=100_000, log_every=1)
     own = Fleet(1, nodes=2, port=free_port())
@@ -187,6 +189,7 @@ def test_a_batch_script_runs_and_queues_itself_again_when_the_time_is_up(
         job.stderr.read()
         assert job.wait(200) == 0
     assert noted.read_text() == "requeue 77\n"
+    assert noted.with_name("noted.cpus").read_text() == "6\n"
     (saved,) = settings.output.glob("checkpoint-*")
     step = int(saved.name.split("-")[1])
     done = settings_of(made, steps=step + 2, save_every=100_000)
