@@ -128,6 +128,8 @@ class Streams:
             if alone:
                 return
             unit.given = True
+            if unit.answered:
+                unit.committed()  # begins that: no death at the next one shall cost its rows
             going = self._following()
 
     def _following(self) -> tuple[OpenUnit, Iterator[Places]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,25 @@ def test_a_plain_stage_s_fault_costs_nobody_else_a_second_call(tmp_path: Path) -
     receipts = through(made, pieces(made, Watched()))
     assert sum(r.error is not None for r in receipts) == 1
     assert len(calls) == len(set(calls)) == 7
+
+
+def test_what_is_answered_is_committed_while_the_next_one_is_at_work(tmp_path: Path) -> None:
+    """A clip of the next unit that kills the worker costs the unit before it nothing."""
+    found: list[int] = []
+
+    class Looking(Length):
+        def one(self, caption: str | None) -> Any:
+            if caption == "look":
+                deadline = time.monotonic() + 5
+                while not log.commits(line[0].unit) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                found.append(sum(commit.rows for commit in log.commits(line[0].unit)))
+            return super().one(caption)
+
+    made = made_of(tmp_path, [*CAPTIONS[:3], "look"], Looking)
+    line, log = pieces(made, Watched()), made.dag.log(made.store, "length")
+    assert [receipt.error for receipt in through(made, line)] == [None, None]
+    assert found == [3]
 
 
 def test_units_with_suspects_have_streams_of_their_own(tmp_path: Path) -> None:
