@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tracemalloc
+import subprocess
+import sys
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,6 +21,7 @@ from s3_faults import BUCKET, Proxy
 from manifests.shards import Index, ShardError, ShardFile
 from trainer.data import Loader
 
+ROOT = Path(__file__).parents[2]
 SHAPE = (4, 8, 8, 8)  # with its moments 16 KiB
 CLIP = 2 * 4 * 8 * 8 * 8 * 4
 GROUP = 16  # clips of a row group
@@ -135,19 +136,38 @@ def test_two_processes_read_shards_of_their_own(
     assert len(files[0] & files[1]) <= 1 and len(files[0] | files[1]) >= 8
 
 
-def test_memory_does_not_grow_with_the_number_of_shards(make_index: Any, settings_of: Any) -> None:
+PEAK = """
+import sys, tracemalloc
+from contextlib import closing
+from itertools import islice
+import pyarrow as pa
+from manifests.shards import Index
+from trainer.config import load_settings
+from trainer.data import Loader
+settings = load_settings(sys.argv[1])
+loader = Loader(Index.open(settings.index), settings)
+kept, arrow = pa.total_allocated_bytes(), 0
+tracemalloc.start()
+with closing(loader.batches(loader.start())) as batches:
+    for _ in islice(batches, int(sys.argv[2])):
+        arrow = max(arrow, pa.total_allocated_bytes() - kept)
+print(arrow + tracemalloc.get_traced_memory()[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_shards(
+    make_index: Any, settings_of: Any, tmp_path: Path
+) -> None:
+    """In processes of their own: tracing is not safe beside threads that other tests have left."""
     peaks = []
     for count in (6, 30):
         made = make_index(sizes=(64,) * count, shape=SHAPE, group=GROUP)
-        loader = Loader(made.open(), settings(made, settings_of))
-        kept = pa.total_allocated_bytes()
-        arrow = 0
-        tracemalloc.start()
-        with closing(loader.batches(loader.start())) as batches:
-            for _ in islice(batches, count * 16):
-                arrow = max(arrow, pa.total_allocated_bytes() - kept)
-        peaks.append(arrow + tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        file = tmp_path / "settings.json"
+        file.write_text(settings(made, settings_of).model_dump_json())
+        command = [sys.executable, "-c", PEAK, str(file), str(count * 16)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
     # Beside what is wanted: row groups being read, the used rows of others.
     assert MEMORY // 4 < peaks[0] < 2 * MEMORY + 4 * GROUP * CLIP
     assert peaks[1] < peaks[0] + MEMORY // 2  # 30 shards are 30 MiB
