@@ -154,7 +154,8 @@ def train(settings: TrainSettings) -> Path:
             if validation is not None and (
                 step % settings.validation.every == 0 or step == settings.steps
             ):
-                values = validation.losses(model, traits)
+                with meter.aside():
+                    values = validation.losses(model, traits)
                 accelerator.log(values, step=step)
                 say(f"step {step}/{settings.steps}  validation loss {values['val_loss']:.4f}")
             if step % settings.save_every == 0 or step == settings.steps or stopped:
@@ -302,6 +303,13 @@ class Meter:
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is no training does not count."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def add(self, losses: Tensor) -> None:
         self.losses.append(losses.flatten())

@@ -33,23 +33,26 @@ def split(index: Index, settings: TrainSettings) -> tuple[Index, Index | None]:
 
     Raises SettingsError where one of the two would be empty.
     """
-    share = settings.validation.share
+    share, most = settings.validation.share, settings.validation.clips
     if not share:
         return index, None
-    held = held_back(_sources(index.table), share)
+    draws = drawn(_sources(index.table))
+    held = draws < share
     train, kept = (index.table.filter(pa.array(mask)) for mask in (~held, held))
     if not len(train) or not len(kept):
         raise SettingsError(
             f"train.validation.share is {share:g}, which holds back {len(kept)} of "
             f"{len(index.table)} clips: set it so that some are left on both sides, or to 0"
         )
-    return replace(index, table=train), replace(index, table=kept[: settings.validation.clips])
+    # The first by the draw, and not by their places: those are of a few shards.
+    looked_at = np.sort(np.argsort(draws[held], kind="stable")[:most])
+    return replace(index, table=train), replace(index, table=kept.take(looked_at))
 
 
-def held_back(sources: Iterable[str], share: float) -> np.ndarray:
-    """Whether each is held back: a hash of it, as a number in [0, 1), is below `share`."""
+def drawn(sources: Iterable[str]) -> np.ndarray:
+    """A number in [0, 1) of each, by its hash: those below the share are held back."""
     draws = (hashlib.blake2b(s.encode(), digest_size=8, person=b"validation") for s in sources)
-    return np.array([int.from_bytes(draw.digest()) < share * 2**64 for draw in draws], bool)
+    return np.array([int.from_bytes(draw.digest()) / 2**64 for draw in draws], np.float64)
 
 
 def _sources(table: pa.Table) -> list[str]:

@@ -13,7 +13,7 @@ from trainer.config import SettingsError
 from trainer.losses import Traits
 from trainer.models import build
 from trainer.train import train
-from trainer.validation import TIMES, Validation, held_back, split
+from trainer.validation import TIMES, Validation, drawn, split
 
 
 def model_of(made: Any, settings: Any) -> Any:
@@ -36,10 +36,10 @@ def model_of(made: Any, settings: Any) -> Any:
 
 def test_a_share_is_held_back_and_stays_held_back() -> None:
     sources = [f"clip {i}" for i in range(5000)]
-    held = held_back(sources, 0.1)
-    assert 0.08 < held.mean() < 0.12
-    assert (held_back(sources[::-1], 0.1)[::-1] == held).all(), "whatever stands beside it"
-    assert (held <= held_back(sources, 0.2)).all(), "a larger share holds back more, and these"
+    draws = drawn(sources)
+    assert 0.08 < (draws < 0.1).mean() < 0.12
+    assert draws.min() >= 0 and draws.max() < 1
+    assert (drawn(sources[::-1])[::-1] == draws).all(), "whatever stands beside it"
 
 
 def test_windows_of_a_video_fall_on_one_side(make_index: Any, settings_of: Any) -> None:
@@ -52,6 +52,8 @@ def test_windows_of_a_video_fall_on_one_side(make_index: Any, settings_of: Any) 
     train_, held = split(type(index)(index.workdir, table, index.spec, index.facts), settings)
     assert held is not None and 0 < len(held.table) < 40
     assert len(train_.table) + len(held.table) == 40
+    few = settings_of(made, validation={"share": 0.4, "clips": 3})
+    assert len(split(made.open(), few)[0].table) < 40 and len(split(made.open(), few)[1].table) == 3
     sides = [set(each.table.column("source_id").to_pylist()) for each in (train_, held)]
     assert not sides[0] & sides[1]
 
@@ -88,7 +90,7 @@ def test_a_run_tells_it_and_never_trains_on_them(
     made = make_index(sizes=(30, 10))
     train(settings_of(made, validation={"share": 0.3, "every": 2}))
     told = capsys.readouterr().err
-    held = int(held_back(made.clips, 0.3).sum())
+    held = int((drawn(made.clips) < 0.3).sum())
     assert f"{held} clips are looked at that are held back" in told
     assert f"{40 - held} clips of" in told
     losses = [line for line in told.splitlines() if "validation loss" in line]
