@@ -50,6 +50,8 @@ from stages.engines.choice import (
     open_engine,
 )
 
+UNASKED = 64  # rows without a question that are held back while no answer is awaited
+
 
 class CaptionSettings(EngineSettings):
     """What is asked, how, and what an answer must be."""
@@ -204,15 +206,16 @@ class Captioner(RowStage[C, Engine]):
         with (
             closing(self.questions(rows, model)) as questions,
             closing(_Asking(self, questions)) as asking,
-            closing(model.stream(asking.requests(), sampling)) as answers,
         ):
-            for number, result in answers:
-                alive()
-                outcome = asking.answered(number, self._counted(result), model.label)
-                if outcome is not None:
-                    yield number, outcome
+            while asking.more:
+                with closing(model.stream(asking.requests(), sampling)) as answers:
+                    for number, result in answers:
+                        alive()
+                        outcome = asking.answered(number, self._counted(result), model.label)
+                        if outcome is not None:
+                            yield number, outcome
+                        yield from asking.unasked()
                 yield from asking.unasked()
-            yield from asking.unasked()
 
     def _counted(self, result: Result) -> Result:
         """Tells how many tokens went into an answer, as far as its engine says."""
@@ -258,10 +261,13 @@ class _Asking:
         self._again: deque[int] = deque()
         self._unasked: deque[tuple[int, Outcome]] = deque()
         self._bytes = 0  # of what is asked
+        self.more = True  # whether there may be rows that were not taken yet
 
     def requests(self) -> Iterator[tuple[int, Request] | None]:
-        """For the engine: those to be asked again first, as their frames are held."""
+        """For the engine: those to be asked again first, as their frames are held. Ends where many
+        rows in a row had no question and nothing is out, so that what became of them is told."""
         most = self._stage.holds
+        self.more = False
         while True:
             if self._again:
                 number = self._again.popleft()
@@ -276,6 +282,9 @@ class _Asking:
                     yield number, self._stage.request(question)
                 else:
                     self._unasked.append((number, question))
+                    if len(self._unasked) >= UNASKED and not self._asked:
+                        self.more = True
+                        return
             elif self._asked:
                 yield None  # an answer that is out may have to be asked for again
             else:

@@ -177,6 +177,23 @@ def test_outcomes_stand_in_the_place_of_their_rows() -> None:
     assert [r.prompt for r in engine.asked[0]] == ["'fine'", "bad", "blank", "long"]
 
 
+def test_rows_without_a_caption_are_told_of_before_all_are_taken() -> None:
+    taken = []
+
+    def rows() -> Generator[dict[str, str]]:
+        for number in range(5000):
+            taken.append(number)
+            yield {"clip_id": f"c{number}", "caption": "a dog" if number == 4000 else ""}
+
+    outcomes = dict(zip(range(1), make().answers(rows(), Echo())))
+    assert len(outcomes) == 1 and len(taken) <= 64
+    engine = Echo()
+    told = dict(make().answers(rows(), engine))
+    assert sorted(told) == list(range(5000))
+    assert [number for number, one in told.items() if isinstance(one, dict)] == [4000]
+    assert [request.prompt.count("a dog") for asked in engine.asked for request in asked] == [1]
+
+
 def test_tokens_are_counted() -> None:
     counted: Counter[str] = Counter()
     engine = Echo(a=Answer("x", 5, False, 9, 4), b=Answer("x", None, False))
