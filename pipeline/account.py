@@ -67,12 +67,15 @@ def spent(name: str, amounts: Mapping[str, int], cost: float | None) -> str:
 
 
 def summary(pipeline: Pipeline, totals: Mapping[str, Counts], stages: Sequence[str]) -> list[str]:
-    """The account of a run's stages in lines for a person; failures are named, they are data."""
+    """The account of a run's stages in lines for a person, with why rows were lost."""
     lines = []
     for name in ["source", *stages]:
         counts = totals[name]
         pending = f", {counts.pending} pending" if counts.pending else ""
         lines.append(f"  {name:<10} {counts.total:>8} in: {describe(counts)}{pending}")
+    rejected = [f"{n} {name}.{why}" for name in stages for why, n in totals[name].rejected.items()]
+    if rejected:
+        lines.append(f"rejected rows: {', '.join(rejected)}")
     failed = [f"{n} {name}.{why}" for name in stages for why, n in totals[name].failed.items()]
     if failed:
         last = next(name for name in reversed(stages) if totals[name].failed)

@@ -87,6 +87,7 @@ def test_a_project_from_first_status_to_manifest(project: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "", "talk goes to stderr"
     assert "failed rows: 1 download.missing_file, 1 probe.not_a_video" in ran.stderr
+    assert "rejected rows: 1 filter.length" in ran.stderr
     after = stages(project)
     assert next(iter(after)) == "source"
     assert after["filter"]["rejected"] == {"length": 1}
