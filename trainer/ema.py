@@ -6,6 +6,8 @@ last, are forgotten soon.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FILE = "ema.safetensors"
+
+
+def average_of(ema: Ema | None) -> AbstractContextManager[None]:
+    """The model has the average for its weights meanwhile, where there is one."""
+    return nullcontext() if ema is None else ema.instead()
 
 
 class Ema:
@@ -31,6 +38,23 @@ class Ema:
     def update(self) -> None:
         """Takes the weights in, after a step."""
         self._average.step(self._weights.values())
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """The model has the average for its weights meanwhile, and its own ones back thereafter,
+        bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in zip(self._weights.values(), self._average.shadow_params):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
         """The average, by the names of the weights."""
