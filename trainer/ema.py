@@ -6,6 +6,8 @@ last, are forgotten soon.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,17 @@ class Ema:
     def update(self) -> None:
         """Takes the weights in, after a step."""
         self._average.step(self._weights.values())
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The average stands in the model in place of the weights, which come back after it, bit
+        for bit. All processes enter it together."""
+        self._average.store(self._weights.values())
+        try:
+            self._average.copy_to(self._weights.values())
+            yield
+        finally:
+            self._average.restore(self._weights.values())
 
     def state(self) -> dict[str, Tensor]:
         """The average, by the names of the weights."""
