@@ -20,8 +20,8 @@ FILE = "ema.safetensors"
 
 
 def average_of(ema: Ema | None) -> AbstractContextManager[None]:
-    """The model has the average for its weights meanwhile, where there is one."""
-    return nullcontext() if ema is None else ema.instead()
+    """The average stands in the model meanwhile, where there is one."""
+    return nullcontext() if ema is None else ema.applied()
 
 
 class Ema:
@@ -40,21 +40,15 @@ class Ema:
         self._average.step(self._weights.values())
 
     @contextmanager
-    def instead(self) -> Iterator[None]:
-        """The model has the average for its weights meanwhile, and its own ones back thereafter,
-        bit for bit."""
-        self._swap()
+    def applied(self) -> Iterator[None]:
+        """The average stands in the model in place of the weights, which come back after it, bit
+        for bit. All processes enter it together."""
+        self._average.store(self._weights.values())
         try:
+            self._average.copy_to(self._weights.values())
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for weight, average in zip(self._weights.values(), self._average.shadow_params):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
+            self._average.restore(self._weights.values())
 
     def state(self) -> dict[str, Tensor]:
         """The average, by the names of the weights."""

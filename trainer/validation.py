@@ -92,7 +92,7 @@ class Validation:
         weights, where there is one: `val_loss_ema`. All processes call it."""
         values = self._losses(model, traits, "val_loss")
         if ema is not None:
-            with ema.instead():
+            with ema.applied():
                 values |= self._losses(model, traits, "val_loss_ema")
         return values
 
