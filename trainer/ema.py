@@ -7,7 +7,7 @@ last, are forgotten soon.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FILE = "ema.safetensors"
+
+
+def average_of(ema: Ema | None) -> AbstractContextManager[None]:
+    """The model has the average for its weights meanwhile, where there is one."""
+    return nullcontext() if ema is None else ema.applied()
 
 
 class Ema:
