@@ -20,7 +20,7 @@ FILE = "ema.safetensors"
 
 
 def average_of(ema: Ema | None) -> AbstractContextManager[None]:
-    """The average stands in the model meanwhile, where there is one."""
+    """The model has the average for its weights meanwhile, where there is one."""
     return nullcontext() if ema is None else ema.applied()
 
 
