@@ -19,14 +19,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 
 from manifests.redact import redact_logs, shown
 from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
-from trainer import optimizers, trackers
+from trainer import optimizers, sharding, trackers
 from trainer.checkpoint import CheckpointError, adapters_only
 from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
 from trainer.data import Batch, Loader
@@ -101,13 +101,16 @@ def train(settings: TrainSettings) -> Path:
     step, position, folder = 0, loader.start(), settings.output
     saved: Path | None = None  # the newest checkpoint
     if found := checkpoints.latest(settings.output):
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
         checkpoints.restore(accelerator, found, config)
-        optimizers.resumed(optimizer, settings)
+        optimizers.resumed(optimizer, decays)
         step, folder = found.step, found.folder
         saved = folder
         position, note = loader.resume(found.position)
         say(f"goes on from {folder}" + f": {note}" * bool(note))
-    ema = averaged(accelerator, model, settings)
+    ema: Ema | None = None
+    if settings.ema_decay is not None:
+        ema = Ema(accelerator.unwrap_model(model), settings.ema_decay, settings.ema_power)
     if ema is not None and found and (found.folder / EMA).exists():
         ema.load(found.folder)
     trackers.begin(accelerator, settings, step)
@@ -141,7 +144,7 @@ def train(settings: TrainSettings) -> Path:
                     accelerator.backward(losses.mean())
                     if accelerator.sync_gradients:
                         norm = clipped(accelerator, model, settings)
-                        if accelerator.scaler is None:  # which leaves such steps out
+                        if accelerator.mixed_precision != "fp16":  # which leaves such steps out
                             check_gradient(norm, batch, step, saved)
                     optimizer.step()
                     optimizer.zero_grad()
@@ -194,15 +197,16 @@ def start(settings: TrainSettings) -> Accelerator:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"train.output cannot be written: {error}") from error
-    precision = settings.mixed_precision
+    processes, precision = sharding.join(), settings.mixed_precision
     if precision == "auto":
-        on_gpu = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported()
+        on_gpu = processes.device.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if on_gpu else "no"
     torch.set_float32_matmul_precision("high")  # TF32 where there is: what is left in float32
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
+            deepspeed_plugin=sharding.deepspeed(settings),
             log_with=list(settings.trackers),
             project_config=ProjectConfiguration(
                 project_dir=str(settings.output), logging_dir=str(settings.output / trackers.LOGS)
@@ -210,20 +214,8 @@ def start(settings: TrainSettings) -> Accelerator:
         )
     except ValueError as error:
         raise SettingsError(f"train.mixed_precision is {precision}: {error}") from error
-
-
-def averaged(accelerator: Accelerator, model: nn.Module, settings: TrainSettings) -> Ema | None:
-    """The average of the weights, from now on; None where none is wanted. Raises SettingsError
-    where no process has all weights."""
-    if settings.ema_decay is None:
-        return None
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise SettingsError(
-            f"train.ema_decay is {settings.ema_decay}, but with {kind.value} no process has all "
-            "weights to average: leave it out, or train without sharding"
-        )
-    return Ema(accelerator.unwrap_model(model), settings.ema_decay, settings.ema_power)
+    sharding.check(accelerator)
+    return accelerator
 
 
 def due(step: int, settings: TrainSettings, every: int) -> bool:
@@ -252,8 +244,8 @@ def check_finite(
 
 
 def clipped(accelerator: Accelerator, model: nn.Module, settings: TrainSettings) -> float:
-    """Cuts the gradient to `grad_clip`; its norm before. DeepSpeed clips by its own configuration
-    and knows the norm after the step alone: 0 where there is none yet."""
+    """Cuts the gradient to `grad_clip`; its norm before. DeepSpeed has cut it by then, and taken
+    the step."""
     most = settings.grad_clip or math.inf
     return float(accelerator.clip_grad_norm_(model.parameters(), most) or 0.0)
 
