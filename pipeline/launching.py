@@ -7,6 +7,7 @@ FSDP and DeepSpeed; PyTorch's where there are none, as accelerate starts but one
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shlex
 import signal
@@ -16,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+
+import yaml
 
 from pipeline.config import ConfigError
 from pipeline.resources import cores, gpus_here
@@ -31,7 +34,7 @@ RANK, HEAD = "@RANK@", "@HEAD@"  # in the commands of nodes, until it is known w
 
 @dataclass(frozen=True)
 class Fleet:
-    """The processes of a training run: on each of `nodes`, a GPU each or none. `accelerate` is a
+    """The processes of a training run: on each of `nodes`, a GPU each or none. `accelerate` is the
     file of its configuration."""
 
     processes: int = 1
@@ -100,11 +103,7 @@ def fleet(
     ConfigError."""
     if gpus is not None and processes is not None:
         raise ConfigError("--gpus and --processes both say how many: --processes is for CPUs")
-    if accelerate is not None and not Path(accelerate).is_file():
-        raise ConfigError(
-            f"--accelerate {accelerate}: there is no such file. `accelerate config --config_file "
-            f"{accelerate}` makes one."
-        )
+    accelerate = configuration(accelerate, here)
     host, _, port = (head or "").partition(":")
     if port and not port.isdecimal():
         raise ConfigError(f"--head {head}: HOST or HOST:PORT is expected")
@@ -122,6 +121,36 @@ def fleet(
             "--processes trains on CPUs."
         )
     return replace(made, processes=gpus, cpu=False)
+
+
+def configuration(chosen: str | None, here: bool) -> str | None:
+    """The file of accelerate's configuration that `--accelerate` names. Raises ConfigError where it
+    cannot be used, on this machine (`here`) or at all."""
+    if chosen is None:
+        return None
+    made = {path.stem: path for path in Path(__file__).with_name("accelerate").glob("*.yaml")}
+    path = made.get(chosen, Path(chosen))
+    try:
+        asked = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"--accelerate {chosen}: there is no such file. There are {', '.join(sorted(made))}, "
+            f"and `accelerate config --config_file {chosen}` makes one of your own."
+        ) from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--accelerate {chosen} cannot be read: {error}") from error
+    kind = asked.get("distributed_type") if isinstance(asked, dict) else None
+    if kind is None:
+        raise ConfigError(
+            f"--accelerate {chosen} says no distributed_type: `accelerate config --config_file "
+            f"{chosen}` makes a configuration"
+        )
+    if here and kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"--accelerate {chosen} asks for DeepSpeed, which is not installed: "
+            "pip install 'vidpipe[deepspeed]', or --accelerate fsdp2"
+        )
+    return str(path.resolve())
 
 
 def call(command: Sequence[str], environment: Mapping[str, str] = {}) -> int:

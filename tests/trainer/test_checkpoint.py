@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from trainer import checkpoint as checkpoints
+from trainer import sharding
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import DiTSettings, ModelConfig, TextSettings
 from trainer.order import Position
@@ -56,7 +57,7 @@ def test_a_checkpoint_is_found_again(accelerator: Accelerator, tmp_path: Path) -
     save(accelerator, tmp_path, 9)
     folder = save(accelerator, tmp_path, 10)  # newer than 9, though not by name
     assert checkpoints.latest(tmp_path) == Checkpoint(
-        folder, 10, Position(1, (10, 7), 0, "order"), config()
+        folder, 10, Position(1, (10, 7), 0, "order"), config(), sharding.WHOLE, 1
     )
     assert names(tmp_path) == {"checkpoint-9", "checkpoint-10", "last.json"}
 

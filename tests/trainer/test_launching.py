@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pipeline import launching
 from pipeline.config import ConfigError
-from pipeline.launching import Fleet, by_hand, call, fleet, slurm_script
+from pipeline.launching import Fleet, by_hand, call, configuration, fleet, slurm_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -268,6 +269,30 @@ def test_mistakes_are_told_in_a_sentence(asked: dict[str, Any], told: str) -> No
     words = {"gpus": None, "processes": None, "nodes": 1, "accelerate": None, "head": None}
     with pytest.raises(ConfigError, match=re.escape(told)):
         fleet(**{**words, "here": True, **asked})
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+def test_weights_are_spread_by_name(name: str, tmp_path: Path) -> None:
+    file = configuration(name, here=False)
+    assert file is not None and Path(file).is_absolute()
+    made = yaml.safe_load(Path(file).read_text())
+    assert made["distributed_type"] == ("FSDP" if name == "fsdp2" else "DEEPSPEED")
+    (chosen,) = (made[key] for key in ("fsdp_config", "deepspeed_config") if key in made)
+    assert str(chosen.get("zero_stage", chosen.get("fsdp_version"))) == name[-1]
+
+
+def test_a_configuration_that_cannot_be_used_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "own.yaml"
+    for text, told in (("a: [", "cannot be read"), ("a: 1", "no distributed_type")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            configuration(str(file), here=True)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vidpipe\[deepspeed\]'"):
+        configuration("zero3", here=True)
+    assert configuration("zero3", here=False)
 
 
 def test_there_may_be_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
