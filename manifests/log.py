@@ -50,6 +50,12 @@ class Counts:
         else:
             self.pending += rows
 
+    def __neg__(self) -> Counts:
+        """The same rows taken back."""
+        rejected = {reason: -n for reason, n in self.rejected.items()}
+        failed = {reason: -n for reason, n in self.failed.items()}
+        return Counts(-self.total, -self.kept, rejected, failed, -self.pending)
+
     def __iadd__(self, other: Counts) -> Counts:
         self.total += other.total
         self.kept += other.kept

@@ -156,29 +156,37 @@ def configuration(chosen: str | None, here: bool) -> str | None:
 def call(command: Sequence[str], environment: Mapping[str, str] = {}) -> int:
     """Runs it to its end; returns its exit code. Ctrl-C, SIGTERM and SIGHUP are handed to the
     trainer's processes as SIGTERM, whereupon they save; a second one ends all at once."""
-    asked = False
-    # In a session of its own: of a terminal's Ctrl-C the launcher would hear, too, and end.
-    with subprocess.Popen(
-        command, env={**os.environ, **environment}, start_new_session=True
-    ) as process:
+    asked = told = 0
+    process: subprocess.Popen[bytes] | None = None
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal asked
+    def hand_on() -> None:
+        nonlocal told
+        while process is not None and told < asked:
+            told += 1
             # They have sessions of their own: whoever kills the launcher leaves them behind.
-            for pid in (*trainers(process.pid), *([process.pid] if asked else [])):
+            for pid in (*trainers(process.pid), *([process.pid] if told > 1 else [])):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL if asked else signal.SIGTERM)
-            asked = True
+                    os.kill(pid, signal.SIGKILL if told > 1 else signal.SIGTERM)
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # nohup has the trainer outlive its terminal
-        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, stop) for number in heard}
-        try:
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        hand_on()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # nohup has the trainer outlive its terminal
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        # In a session of its own: of a terminal's Ctrl-C the launcher would hear, too, and end.
+        with subprocess.Popen(
+            command, env={**os.environ, **environment}, start_new_session=True
+        ) as process:
+            hand_on()  # what was asked while it was started
             return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def trainers(pid: int) -> list[int]:

@@ -37,6 +37,7 @@ from pipeline.resources import (
     cut,
     passes,
     share,
+    spread,
 )
 from pipeline.tally import Tally, outcomes
 from pipeline.unit import Receipt, Retry
@@ -52,6 +53,7 @@ TASK_RETRIES, WORKER_RESTARTS = 2, 3
 STOP_SECONDS = 6.0
 
 Errand = tuple[tuple[str, ...], int, int]  # units, and which part of each, of how many
+Looks = Mapping[tuple[str, int], int]  # rows to look at again, by unit and number of the part
 
 
 def run(
@@ -85,11 +87,18 @@ def run(
                 wanted = {unit for name in part.stages for unit in plan.stages[name].units}
                 pieces = cut([workers[name] for name in part.stages], len(wanted), plan.unit_rows)
                 units = [unit for unit in plan.units if unit in wanted]
+                checks = {
+                    name: spread(
+                        pipeline.stages[name].checks,
+                        [(unit, n) for unit in plan.stages[name].units for n in range(pieces)],
+                    )
+                    for name in part.stages
+                }
                 once = pieces > 1 and any(workers[name].once for name in part.stages)
                 for wave in waves(units, pieces, once):
                     if stop.asked():
                         return faults
-                    faults += _run_wave(pipeline, part, workers, wave, retry, tally)
+                    faults += _run_wave(pipeline, part, workers, wave, retry, tally, checks)
         return faults
 
 
@@ -123,6 +132,7 @@ def _run_wave(
     work: Sequence[Errand],
     retry: Retry,
     tally: Any,
+    checks: Mapping[str, Looks],
 ) -> list[Receipt]:
     items = [
         {"units": json.dumps(units), "part": number, "parts": parts, "faults": "[]"}
@@ -140,7 +150,7 @@ def _run_wave(
         )
         dataset = _map_batches(
             dataset,
-            kind(job, pipeline.config.run.isolate, tally),
+            kind(job, pipeline.config.run.isolate, tally, checks[name]),
             batch_size=None,
             compute=_pool(share_) if share_.actor else TaskPoolStrategy(size=share_.count),
             num_cpus=share_.cpus,
@@ -189,7 +199,7 @@ def _map_batches(dataset: ray.data.Dataset, worker: Any, **options: Any) -> ray.
 _ITEM = ("units", "part", "parts", "faults")
 
 
-def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, Any]]:
+def _step(job: Job, tally: Any, checks: Looks) -> Callable[[dict[str, Any], Runs], dict[str, Any]]:
     """What a worker does with one row of the dataset: an errand."""
 
     def step(batch: dict[str, Any], worker: Runs) -> dict[str, Any]:
@@ -210,7 +220,9 @@ def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, An
             for unit in json.loads(str(units)):
                 if ray.get(tally.begin.remote()):
                     break
-                receipt = worker.run(job, unit, driver, (number, parts))
+                receipt = worker.run(
+                    job, unit, driver, (number, parts), checks.get((unit, number), 0)
+                )
                 tally.unit.remote(receipt, parts)
                 for what, n in receipt.amounts.items():
                     if n > 0:  # Ray refuses to add nothing
@@ -240,8 +252,10 @@ class _Stopping:
         return self._stopping
 
 
-def _task(job: Job, isolate: bool, tally: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    step = _step(job, tally)
+def _task(
+    job: Job, isolate: bool, tally: Any, checks: Looks
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    step = _step(job, tally, checks)
 
     def task(batch: dict[str, Any]) -> dict[str, Any]:
         return step(batch, own_worker(isolate))
@@ -250,8 +264,8 @@ def _task(job: Job, isolate: bool, tally: Any) -> Callable[[dict[str, Any]], dic
     return task
 
 
-def _actor(job: Job, isolate: bool, tally: Any) -> type[Any]:
-    step = _step(job, tally)
+def _actor(job: Job, isolate: bool, tally: Any, checks: Looks) -> type[Any]:
+    step = _step(job, tally, checks)
 
     class Actor:
         def __init__(self) -> None:

@@ -7,17 +7,20 @@ never come.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.config import ConfigError, RunSettings
 from stages.base import Stage
 
 AnyStage = Stage[Any, Any]
+T = TypeVar("T")
 GIB = 1 << 30
 # Where models are at work units travel in parts of so many rows, at least and at most: few enough
 # to keep all workers at work, and many, as a part's beginning and end leave its model waiting.
@@ -92,6 +95,14 @@ def cut(workers: Sequence[Workers], units: int, rows: int) -> int:
         each_gets = rows * units // (ROUNDS * max(w.count for w in workers if w.actor))
         return -(-rows // min(most, max(least, each_gets)))
     return min(-(-rows // least), -(-ROUNDS * max(each.count for each in workers) // units))
+
+
+def spread(number: int, pieces: Sequence[T]) -> Counter[T]:
+    """Of which pieces of a run's work so many rows are to be looked at again: one of the first, so
+    that a fault is seen early, and the others of any."""
+    if not number or not pieces:
+        return Counter()
+    return Counter([pieces[0], *random.choices(pieces, k=number - 1)])
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Receipt:
     amounts: dict[str, int] = field(default_factory=dict)  # what the stage counted: tokens
     error: str | None = None  # one line, where the stage raised
     trace: str | None = None
+    unchecked: int = 0  # rows to look at again, where none was pending
     halts: bool = False  # nothing can be written: other units would fare no better
 
     def spend(self, phase: str, seconds: float) -> None:
@@ -79,12 +80,14 @@ class Receipt:
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A unit that is to be settled, or a `part` of one, which other workers settle beside this; who
-    watches over it, and who hears what becomes of its rows."""
+    watches over it, and who hears what becomes of its rows; how many of these the stage is to look
+    at again."""
 
     unit: str
     part: Part = WHOLE
     watch: Watch = UNWATCHED
     on_rows: OnRows = _unheard
+    checks: int = 0
 
 
 class OpenUnit:
@@ -127,7 +130,10 @@ class OpenUnit:
             }
         )
         clock.lap(receipt, "read")
-        self.model = model() if self._rows.num_rows else None
+        if self._rows.num_rows:
+            self.model = model()
+            stage.check_rows(receipt.unchecked, self._rows.num_rows, self.model)
+            receipt.unchecked = 0
         clock.lap(receipt, "setup")
         self._commits = Committer(
             *(view, stage, self.model, piece.watch, receipt.seconds, receipt.amounts)
@@ -195,9 +201,16 @@ class OpenUnit:
         return self._commits is None or self._commits.through()
 
     def close(self, keep: bool = True) -> None:
-        """Commits what is settled, if it is to be kept. Raises StoreError where a commit failed."""
-        if self._commits is not None:
+        """Commits what is settled, if it is to be kept. Raises StoreError where a commit failed.
+        Rows of one that did are pending again, and are taken back from the counts."""
+        if self._commits is None:
+            return
+        try:
             self._commits.close(keep)
+        finally:
+            if (lost := -self._commits.lost).total:
+                self.receipt.counts += lost
+                self.piece.on_rows(self._stage.name, lost)
             self._clock.lap(self.receipt, "commit")
 
 

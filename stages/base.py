@@ -288,6 +288,14 @@ class Stage(ABC, Generic[S, Model]):
         meanwhile."""
         return rows
 
+    @property
+    def checks(self) -> int:
+        """How many rows of a run it is to look at again, to see that they are right."""
+        return 0
+
+    def check_rows(self, number: int, rows: int, model: Model) -> None:
+        """Told before rows come: so many of the next `rows` are to be looked at again."""
+
     def cost(self, amounts: Mapping[str, float]) -> float | None:
         """What these amounts, as it counts them, cost in money; None where nobody says a price."""
         return None

@@ -15,13 +15,13 @@ import torch
 from embedded import TEXT, write_embeddings
 from networks import make as make_network
 
+from manifests.facts import with_facts
 from manifests.shards import (
     FIRST_FRAME,
     INDEX,
     LATENTS,
     Index,
     LatentSpec,
-    with_facts,
     write_index,
 )
 from manifests.weights import folder_sha256

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manifests.shards import EMBEDDINGS, TextSpec, with_facts
+from manifests.facts import with_facts
+from manifests.shards import EMBEDDINGS, TextSpec
 
 TEXT = TextSpec(
     encoder="encoders/tiny",

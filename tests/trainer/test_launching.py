@@ -218,6 +218,35 @@ def test_one_process_needs_no_launcher() -> None:
     assert Fleet().environment == {}
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_while_it_is_started_reaches_it(
+    monkeypatch: pytest.MonkeyPatch, signals: int
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *words: Any, **more: Any) -> None:
+            super().__init__(*words, **more)
+            started.append(self)
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def given_up(number: int, frame: Any) -> None:
+        raise InterruptedError("as the command does outside of a training")
+
+    before = signal.signal(signal.SIGTERM, given_up)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    try:
+        code = call([sys.executable, "-c", "import time; time.sleep(600)"])
+        assert -code in (signal.SIGTERM, signal.SIGKILL)
+        assert signal.getsignal(signal.SIGTERM) is given_up
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 def test_gpus_are_started_by_accelerate(tmp_path: Path) -> None:
     made = " ".join(Fleet(8, cpu=False).command("trainer.train"))
     assert "accelerate.commands.launch --multi_gpu" in made
