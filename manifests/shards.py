@@ -259,13 +259,14 @@ def file_facts(schema: pa.Schema) -> dict[str, Any]:
 
 
 class ShardFile:
-    """An open shard, read a row group at a time, by any thread. A context manager.
+    """An open shard, read a row group at a time, by any thread. A context manager. `proved`: what
+    is read is held against the checksums of its pages.
 
     Raises ShardError, naming the shard, where it is missing or damaged.
     """
 
-    def __init__(self, workdir: str, name: str) -> None:
-        self.workdir, self.name = workdir, name
+    def __init__(self, workdir: str, name: str, proved: bool = False) -> None:
+        self.workdir, self.name, self._proved = workdir, name, proved
         self._lock = threading.Lock()  # a reader of Parquet is for one thread at a time
         fs, root = fsspec.core.url_to_fs(workdir)
         with self._told():
@@ -292,7 +293,12 @@ class ShardFile:
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         with self._told(), self._lock:
             # A reader keeps what it has read of the last group as long as it is there.
-            parquet = pq.ParquetFile(self._file, metadata=self._footer, pre_buffer=True)
+            parquet = pq.ParquetFile(
+                self._file,
+                metadata=self._footer,
+                pre_buffer=True,
+                page_checksum_verification=self._proved,
+            )
             return parquet.read_row_group(group, columns=list(columns))
 
     def rows(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,8 @@ GIB = 1 << 30
 PART_ROWS = (16, 2048)
 # Units or parts that each worker gets at least, where there are enough: the last ones end together.
 ROUNDS = 4
+# Rows of a unit that are committed together, at least, where equal rows go to one worker.
+ONCE_ROWS = 256
 # Of all cores, for the workers that have a GPU.
 CPU_SHARE = 0.75
 
@@ -45,6 +47,7 @@ class Workers:
     gpus: float
     memory: int
     actor: bool  # keeps a model loaded between units, and so holds its resources
+    once: bool = False  # each gets the rows of some keys, of all units
 
     @property
     def held(self) -> tuple[float, float]:
@@ -75,13 +78,16 @@ def share(stage: AnyStage, offer: Offer, units: int) -> Workers:
             f"{stage.name}: {asked.workers} workers of {per_worker:g} {kind} don't fit in "
             f"{there:g} {kind}: lower {stage.name}.workers or {stage.name}.{kind}"
         )
-    return Workers(count, cpus, gpus, asked.memory, stage.loads_model)
+    return Workers(count, cpus, gpus, asked.memory, stage.loads_model, stage.once)
 
 
 def cut(workers: Sequence[Workers], units: int, rows: int) -> int:
     """Into how many parts `units` of up to `rows` rows are cut: where no model is at work only so
     that no worker is without one, as reading and committing have their price."""
     least, most = PART_ROWS
+    if any(each.once for each in workers):
+        count = max(each.count for each in workers)
+        return 1 if count == 1 else max(2 * count, min(ROUNDS * count, rows // ONCE_ROWS))
     if any(each.actor for each in workers):
         each_gets = rows * units // (ROUNDS * max(w.count for w in workers if w.actor))
         return -(-rows // min(most, max(least, each_gets)))
@@ -102,7 +108,8 @@ def passes(
     """Cuts the stages, in order, into passes.
 
     `auto` chains as long as all workers that hold a model fit side by side, with a CPU left for
-    the stages that hold none: so models of two GPU stages never share a GPU. Raises ConfigError
+    the stages that hold none: so models of two GPU stages never share a GPU. A stage whose equal
+    rows go to one worker stands alone: what is chained goes where its unit goes. Raises ConfigError
     where `pipelined` asks for what does not fit: Ray would wait for ever.
     """
     if mode == "staged":
@@ -110,6 +117,10 @@ def passes(
     done: list[Pass] = []
     chain: list[str] = []
     for name in stages:
+        if chain and (workers[name].once or workers[chain[-1]].once):
+            once = name if workers[name].once else chain[-1]
+            done.append(Pass(tuple(chain), f"equal rows of {once} go to one worker, of all units"))
+            chain = []
         over = _over([workers[n] for n in (*chain, name)], offer)
         if over and mode == "pipelined":
             raise ConfigError(

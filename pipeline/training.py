@@ -59,6 +59,7 @@ def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = N
     if not pipeline.store.find(index.INDEX_NAME):
         raise ConfigError(_nothing_ready(pipeline))
     chosen = settings(pipeline, steps, output)
+    _sampled(pipeline, chosen)
     folder = Path(chosen["output"])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
@@ -66,6 +67,18 @@ def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = N
     clips = Index.open(chosen["index"]).table.num_rows
     print(shown(f"training on {clips} clips, output in {folder}"), file=sys.stderr)
     return file
+
+
+def _sampled(pipeline: Pipeline, chosen: dict[str, Any]) -> None:
+    """Names what samples while training need: the VAE, and the text encoder of stored embeddings.
+    They are fetched first if they have to be."""
+    match chosen.get("samples"):
+        case {"prompts": prompts, **others} if prompts:
+            needed = {"vae": cast(Encode, pipeline.stages["encode"]).folder()}
+            if "embed" in pipeline.stages:
+                encoder, tokenizer = cast(Embed, pipeline.stages["embed"]).folders()
+                needed |= {"text_encoder": encoder, "tokenizer": tokenizer}
+            chosen["samples"] = {**needed, "prompts": prompts, **others}
 
 
 def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | None = None) -> int:

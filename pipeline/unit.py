@@ -116,7 +116,7 @@ class OpenUnit:
         if _is_done(view, stage.name, retry):
             return
         settled = view.settled(stage.name)
-        pending = _pending(view, stage.name, retry, piece.part)
+        pending = _pending(view, stage, retry, piece.part)
         columns = [*dict.fromkeys((*stage.reads, *stage.carries))]
         self._rows = view.inputs(stage.name, pending, columns)
         self._book = pa.table(
@@ -208,9 +208,9 @@ def _is_done(view: UnitView, name: str, retry: Retry) -> bool:
     return not any(retry.wants(FAILED, reason) for reason in commit.counts.failed)
 
 
-def _pending(view: UnitView, name: str, retry: Retry, part: Part) -> pa.Array:
+def _pending(view: UnitView, stage: AnyStage, retry: Retry, part: Part) -> pa.Array:
     """The rows of the view that are to be settled."""
-    settled, rows = view.settled(name), view.reached(name)
+    settled, rows = view.settled(stage.name), view.reached(stage.name)
     outcome = settled.outcome.take(rows)
     wanted = pc.equal(outcome, PENDING)
     if retry.failed:
@@ -218,8 +218,10 @@ def _pending(view: UnitView, name: str, retry: Retry, part: Part) -> pa.Array:
         wanted = pc.or_(wanted, pa.array([retry.wants(*each) for each in known], pa.bool_()))
     number, parts = part
     if parts > 1:
-        # By the source's clip: the same for every worker and at every stage, split or not.
-        own = [int(clip[:8], 16) % parts == number for clip in view.source_ids(rows).to_pylist()]
+        # By the source's clip: the same for every worker and at every stage, split or not. Or by
+        # what the stage reads, where equal rows go together.
+        by = settled.key.take(rows) if stage.once else view.source_ids(rows)
+        own = [int(each[:8], 16) % parts == number for each in by.to_pylist()]
         wanted = pc.and_(wanted, pa.array(own, pa.bool_()))
     return rows.filter(wanted)
 

@@ -214,6 +214,8 @@ class Stage(ABC, Generic[S, Model]):
     adds: pa.Schema = pa.schema([])
     after: Sequence[str] = ()
     splits: bool = False  # may answer a row with a list of rows
+    # Rows of equal row keys share what is made of them: they go to one worker, of all units.
+    once: ClassVar[bool] = False
     on_request: ClassVar[bool] = False  # in the DAG only where vidpipe.yaml has a section for it
     default_batch: ClassVar[int] = 16
     default_resources: ClassVar[Resources] = Resources()

@@ -8,7 +8,7 @@ each averages its own parts; saved and exported they are whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +20,11 @@ from trainer import sharding
 
 FILE = "ema.safetensors"
 WRAPPED = "_checkpoint_wrapped_module."  # in names, where FSDP computes activations again
+
+
+def average_of(ema: Ema | None) -> AbstractContextManager[None]:
+    """The model has the average for its weights meanwhile, where there is one."""
+    return nullcontext() if ema is None else ema.applied()
 
 
 class Ema:
