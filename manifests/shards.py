@@ -17,16 +17,18 @@ import contextlib
 import itertools
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from manifests.facts import file_facts, with_facts
 from manifests.faults import StoreError, unusable
+from manifests.pages import Into, PagedFile, fresh
 
 # Columns that the encode stage adds.
 LATENTS = pa.schema(
@@ -261,21 +263,19 @@ class ShardFile:
     """
 
     def __init__(self, workdir: str, name: str, proved: bool = False) -> None:
-        self.workdir, self.name, self._proved = workdir, name, proved
+        self.workdir, self.name = workdir, name
         self._lock = threading.Lock()  # a reader of Parquet is for one thread at a time
         fs, root = fsspec.core.url_to_fs(workdir)
         with self._told():
             # Row groups are read whole: a store's own read-ahead would fetch what nobody asked for.
-            self._file = fs.open(f"{root}/{name}", "rb", cache_type="none")
+            file = fs.open(f"{root}/{name}", "rb", cache_type="none")
             try:
-                self._footer = pq.read_metadata(self._file)
+                self._paged = PagedFile(file, not isinstance(fs, LocalFileSystem), proved)
             except BaseException:
-                self._file.close()
+                file.close()
                 raise
-        self.facts = file_facts(self._footer.schema.to_arrow_schema())
-        groups = range(self._footer.num_row_groups)
-        sizes = [self._footer.row_group(group).num_rows for group in groups]
-        self.starts = [0, *itertools.accumulate(sizes)]  # the row that each group begins with
+        self.facts = file_facts(self._paged.footer.schema.to_arrow_schema())
+        self.starts = self._paged.starts  # the row that each row group begins with
 
     def group(self, row: int) -> int:
         """The number of the row group that holds `row`."""
@@ -287,52 +287,45 @@ class ShardFile:
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         with self._told(), self._lock:
-            # A reader keeps what it has read of the last group as long as it is there.
-            parquet = pq.ParquetFile(
-                self._file,
-                metadata=self._footer,
-                pre_buffer=True,
-                page_checksum_verification=self._proved,
-            )
-            return parquet.read_row_group(group, columns=list(columns))
+            return self._paged.read(group, columns)
 
-    def rows(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """`columns` of `rows` (ascending) as Arrow scalars."""
+    def rows(
+        self, rows: Sequence[int], columns: Sequence[str], payload: Mapping[str, Into]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Of `rows` (best ascending) the values of `columns`, then those of `payload`, columns of
+        bytes: in the memory that its function gives for each."""
         for group, some in itertools.groupby(rows, self.group):
-            table = self.read(group, columns)
-            for row in some:
-                yield {name: table.column(name)[row - self.starts[group]] for name in columns}
+            with self._told(), self._lock:
+                into = list(payload.values())
+                found = list(self._paged.rows(group, list(some), columns, list(payload), into))
+            yield from found
 
-    def latents(self, rows: Sequence[int], first_frame: bool = False) -> Iterator[Latent]:
-        """The latents at `rows` (ascending); with `first_frame`, those of that one alone."""
+    def latents(
+        self, rows: Sequence[int], first_frame: bool = False, into: Into = fresh
+    ) -> Iterator[Latent]:
+        """The latents at `rows` (ascending), in the memory that `into` gives for each; with
+        `first_frame`, those of that one alone."""
         name = "first_frame_latents" if first_frame else "latents"
-        for row in self.rows(rows, ["clip_id", name, f"{name}_shape", "latents_dtype"]):
-            clip, data = row["clip_id"].as_py(), row[name]
-            if not data.is_valid:
+        facts = ["clip_id", f"{name}_shape", "latents_dtype"]
+        for clip, shape, dtype, data in self.rows(rows, facts, {name: into}):
+            if data is None:
                 raise ShardError(f"clip {clip} has no {name} in its shard: the index is stale")
-            shape = tuple(row[f"{name}_shape"].as_py())
-            yield Latent(clip, memoryview(data.as_buffer()), shape, row["latents_dtype"].as_py())
+            yield Latent(clip, data, tuple(shape), dtype)
 
     def embeddings(self, rows: Sequence[int]) -> Iterator[Embedding]:
         """The text embeddings at `rows` (ascending)."""
-        for row in self.rows(rows, [n for n in EMBEDDINGS.names if n != "embedding_empty"]):
-            key, data, pooled = (row[f"embedding{n}"] for n in ("_key", "", "_pooled"))
-            if not data.is_valid:
+        facts = [f"embedding_{name}" for name in ("key", "shape", "dtype", "tokens")]
+        payload = {"embedding": fresh, "embedding_pooled": fresh}
+        for key, shape, dtype, tokens, data, pooled in self.rows(rows, facts, payload):
+            if data is None:
                 raise ShardError(
                     f"shard {self.name} has no embedding {key} in its row: the index is stale"
                 )
-            yield Embedding(
-                key=key.as_py(),
-                data=memoryview(data.as_buffer()),
-                pooled=memoryview(pooled.as_buffer()) if pooled.is_valid else None,
-                shape=tuple(row["embedding_shape"].as_py()),
-                dtype=row["embedding_dtype"].as_py(),
-                tokens=row["embedding_tokens"].as_py(),
-            )
+            yield Embedding(key, data, pooled, tuple(shape), dtype, tokens)
 
     def close(self) -> None:
         with self._lock:
-            self._file.close()
+            self._paged.file.close()
 
     def __enter__(self) -> ShardFile:
         return self

@@ -150,8 +150,8 @@ class StoredEmbeddings:
             return
         try:
             with ShardFile(self._workdir, self._files[file], proved=True) as shard:
-                for values in shard.rows(rows, list(columns)):
-                    yield {name: value.as_py() for name, value in values.items()}
+                for values in shard.rows(rows, list(columns), {}):
+                    yield dict(zip(columns, values, strict=True))
         except ShardError:
             self._gone.add(file)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -20,13 +20,14 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from manifests.pages import Into
 from manifests.shards import Index, Latent, LatentSpec, ShardError, ShardFile
 from trainer.captions import Captions, Embeddings, padded
 from trainer.config import FamilySettings, SettingsError, TrainSettings
 from trainer.expected import check_expected, check_latents, check_shapes, check_text
 from trainer.keys import keyed
 from trainer.order import Order, Position, Shape, Step
-from trainer.posterior import posterior_sample, stacked
+from trainer.posterior import Pool, Stack, posterior_sample
 from trainer.reader import Place, Row, Shards, Wanted, read_ahead, read_rows
 
 # Of the memory an eighth may be shuffled together: `read_rows` reads each row group once if all
@@ -73,6 +74,18 @@ class Batch:
             for epoch, clip in zip(self.epochs, self.clip_ids)
         ]
         return posterior_sample(stored.to(device, non_blocking=True), self.spec, generators)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A batch that is being read."""
+
+    step: Step
+    stacks: list[Stack]  # of its latents and, where they are asked for, of first frames
+
+    def room(self, number: int, size: int) -> memoryview | None:
+        which, clip = divmod(number, len(self.step.visits))
+        return self.stacks[which].room(clip, size)
 
 
 class Loader:
@@ -123,6 +136,7 @@ class Loader:
             settings.memory // SHUFFLED,
             settings.lanes,
         )
+        self.pool = Pool(self.memory // 4, pin)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -163,21 +177,23 @@ class Loader:
         steps = self.order.steps(start, self.settings.batch_size, self.rank, self.world)
         shards = Shards(self._open, self._rows)
         with closing(read_rows(map(self._wanted, steps), shards, self.memory)) as read:
-            for step, rows in read:
-                yield self._batch(step, rows)
+            for made, rows in read:
+                yield self._batch(made, rows)
 
-    def _wanted(self, step: Step) -> Wanted[Step]:
-        """The rows of a step's clips: their latents, then their embeddings."""
+    def _wanted(self, step: Step) -> Wanted[Made]:
+        """The rows of a step's clips: their latents, then their first frames, then embeddings."""
         clips = [clip for _, clip in step.visits]
         places = [Place(self.shards[self.shard_of[clip]], int(self.rows[clip])) for clip in clips]
+        made = Made(step, [Stack(len(clips), self.pool)])
         size = self.order.bytes[step.bucket]
+        if self.first_frames:
+            places += [place._replace(shard=place.shard + FIRST) for place in places]
+            made.stacks.append(Stack(len(clips), self.pool))
+            size += size // self.order.shapes[step.bucket][1]
         if (texts := self.embeddings) is not None:
             places += [texts.place(clip) for clip in clips]
             size += texts.most_bytes
-        if self.first_frames:
-            places += [place._replace(shard=place.shard + FIRST) for place in places[: len(clips)]]
-            size += size // self.order.shapes[step.bucket][1]
-        return Wanted(step, places, len(clips) * size)
+        return Wanted(made, places, len(clips) * size, made.room)
 
     def _open(self, name: str) -> ShardFile:
         kind = FirstFrames if name.endswith(FIRST) else ShardFile
@@ -189,35 +205,31 @@ class Loader:
             check_latents(name, file.facts, self.index.spec)
         return file
 
-    def _rows(self, file: ShardFile, rows: list[int], copy: bool) -> Iterator[Row]:
-        text = self.embeddings is not None and file.name in self.embeddings.shards
-        first = isinstance(file, FirstFrames)
-        for found in file.embeddings(rows) if text else file.latents(rows, first):
-            yield replace(found, data=memoryview(bytes(found.data))) if copy else found
+    def _rows(self, file: ShardFile, rows: list[int], into: Into) -> Iterator[Row]:
+        if self.embeddings is not None and file.name in self.embeddings.shards:
+            return file.embeddings(rows)
+        return file.latents(rows, isinstance(file, FirstFrames), into)
 
-    def _batch(self, step: Step, rows: list[Row]) -> Batch:
+    def _batch(self, made: Made, rows: list[Row]) -> Batch:
+        step = made.step
         seed, count = step.position.seed, len(step.visits)
-        ids, epochs, latents, captions, texts = [], [], [], [], []
-        for (epoch, clip), row in zip(step.visits, rows):
-            clip_id = self.clips[clip].as_py()
-            latents.append(self._checked(clip, clip_id, row, self.order.shapes[step.bucket]))
+        ids = [self.clips[clip].as_py() for _, clip in step.visits]
+        epochs = [epoch for epoch, _ in step.visits]
+        captions, texts, stored = [], [], []
+        for (epoch, clip), clip_id in zip(step.visits, ids):
             captions.append(self.captions.at(clip, clip_id, seed, epoch))
-            ids.append(clip_id)
-            epochs.append(epoch)
         if self.embeddings is not None:
-            for (epoch, clip), clip_id, row in zip(step.visits, ids, rows[count:]):
+            for (epoch, clip), clip_id, row in zip(step.visits, ids, rows[-count:]):
                 texts.append(self.embeddings.at(clip, clip_id, seed, epoch, row))
-        values = stacked(latents, [f"latents of clip {clip_id}" for clip_id in ids], self.pin)
+        shape = self.order.shapes[step.bucket]
+        kinds = (("latents", shape), ("the first frame", (shape[0], 1, *shape[2:])))
+        for number, (stack, (kind, shape)) in enumerate(zip(made.stacks, kinds)):
+            of = zip(step.visits, ids, rows[number * count :])
+            latents = [self._checked(clip, name, row, shape) for (_, clip), name, row in of]
+            stored.append(stack.values(latents, [f"{kind} of clip {name}" for name in ids]))
         embeddings = padded(texts, self.pin) if texts else None
-        first = None
-        if self.first_frames:
-            shape = self.order.shapes[step.bucket]
-            alone = (shape[0], 1, *shape[2:])
-            of = zip(step.visits, ids, rows[-count:])
-            frames = [self._checked(clip, name, row, alone) for (_, clip), name, row in of]
-            first = stacked(frames, [f"the first frame of clip {name}" for name in ids], self.pin)
         spec = self.index.spec
-        return Batch(values, spec, captions, embeddings, ids, epochs, step.position, first)
+        return Batch(stored[0], spec, captions, embeddings, ids, epochs, step.position, *stored[1:])
 
     def _checked(self, clip: int, clip_id: str, row: Row, shape: Shape) -> Latent:
         """What was read for a clip. Raises ShardError where it is of another, or another shape."""

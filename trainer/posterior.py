@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from manifests.shards import Embedding, Latent, LatentSpec, ShardError
@@ -40,22 +46,84 @@ def stored(row: Latent | Embedding, name: str) -> Tensor:
     return torch.frombuffer(bytearray(row.data), dtype=dtype_of(row, name)).view(row.shape)
 
 
-def stacked(rows: Sequence[Latent], names: Sequence[str], pin: bool = False) -> Tensor:
-    """The values of clips of one shape as stored: (B, C or 2C, F, H, W)."""
-    dtypes = [dtype_of(row, name) for row, name in zip(rows, names, strict=True)]
-    # Clips encoded at another time may be of another type: then float32 holds them all.
-    dtype = dtypes[0] if len(set(dtypes)) == 1 else torch.float32
-    values = torch.empty((len(rows), *rows[0].shape), dtype=dtype, pin_memory=pin)
-    if len(set(dtypes)) > 1:
-        for one, row, name in zip(values, rows, names):
-            one.copy_(stored(row, name))
-        return values
-    # One thread's plain copy: torch would split it among all, which the model is using.
-    target = values.view(-1).view(torch.uint8).numpy().data
-    size = rows[0].data.nbytes
-    for number, row in enumerate(rows):
-        target[number * size : (number + 1) * size] = row.data.cast("B")
-    return values
+class Pool:
+    """Memory of batches, used again when nobody has the batch any more: memory that is new costs as
+    much time as reading into it. No more than `most` bytes wait for their use."""
+
+    def __init__(self, most: int, pin: bool = False) -> None:
+        self._most, self._pin = most, pin
+        self._free: dict[int, deque[NDArray[np.uint8]]] = defaultdict(deque)
+        self._waiting = 0
+
+    def take(self, size: int) -> Tensor:
+        """`size` bytes of any value."""
+        if self._pin:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)  # torch has such a pool
+        try:
+            whole = self._free[size].pop()
+            self._waiting -= size
+        except IndexError:
+            whole = np.empty(size, np.uint8)
+        lent = whole[:]  # views of it and tensors keep it, and not `whole`
+        weakref.finalize(lent, self._back, whole).atexit = False
+        return torch.from_numpy(lent)
+
+    def _back(self, whole: NDArray[np.uint8]) -> None:
+        # At any moment, in any thread: so without a lock, and the sum may be a little off.
+        if self._waiting + whole.nbytes <= self._most:
+            self._waiting += whole.nbytes
+            self._free[whole.nbytes].append(whole)
+
+
+class Stack:
+    """Memory for the values of `count` clips of one shape, side by side: a batch. They are read to
+    their places in it, by any thread, or copied there where they were read elsewhere."""
+
+    def __init__(self, count: int, pool: Pool) -> None:
+        self._count, self._pool = count, pool
+        self._lock = threading.Lock()
+        self._size = 0  # bytes of a clip, as of the first one that came
+        self._memory: Tensor | None = None  # made when it comes
+        self._bytes = memoryview(b"")  # the same
+        self._filled: set[int] = set()
+
+    def room(self, number: int, size: int) -> memoryview | None:
+        """Where `size` bytes of the clip of this number go; None where those before were of
+        another size."""
+        with self._lock:
+            if self._memory is None:
+                self._make(size)
+            if size != self._size:
+                return None
+            self._filled.add(number)
+            return self._bytes[number * size : (number + 1) * size]
+
+    def values(self, rows: Sequence[Latent], names: Sequence[str]) -> Tensor:
+        """The values as stored: (B, C or 2C, F, H, W). `names` are what errors call the clips."""
+        dtypes = [dtype_of(row, name) for row, name in zip(rows, names, strict=True)]
+        size, dtype = rows[0].data.nbytes, dtypes[0]
+        mixed = len(set(dtypes)) > 1
+        if mixed:
+            # Clips encoded at another time may be of another type: then float32 holds them all.
+            rows = [_as_float32(row, name) for row, name in zip(rows, names)]
+            size, dtype = rows[0].data.nbytes, torch.float32
+        if mixed or size != self._size:
+            self._make(size)
+        for number, row in enumerate(rows):
+            # One thread's plain copy: torch would split it among all, which the model is using.
+            if number not in self._filled:
+                self._bytes[number * size : (number + 1) * size] = row.data.cast("B")
+        assert self._memory is not None
+        return self._memory.view(dtype).view(len(rows), *rows[0].shape)
+
+    def _make(self, size: int) -> None:
+        self._size, self._filled = size, set()
+        self._memory = self._pool.take(self._count * size)
+        self._bytes = self._memory.numpy().data
+
+
+def _as_float32(row: Latent, name: str) -> Latent:
+    return replace(row, data=stored(row, name).float().numpy().reshape(-1).data, dtype="float32")
 
 
 def posterior_sample(

@@ -1,19 +1,21 @@
 """Rows of shards, read in large pieces before they are wanted.
 
 A row group (some 16 MB) is read once, for all that is wanted of it soon, by threads in the
-background, in the order of the file. What is wanted later stays in memory until its turn comes.
+background, in the order of the file. Each row is read to where it is wanted (its place in a batch,
+say) and stays there until its turn comes: nothing is copied.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Generic, NamedTuple, TypeVar
 
+from manifests.pages import Into, fresh
 from manifests.shards import Embedding, Latent, ShardFile
 
 T = TypeVar("T")
@@ -33,21 +35,23 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted(Generic[T]):
-    """Rows that are wanted together, for `item`, and at most `bytes` long."""
+    """Rows that are wanted together, for `item`, and at most `bytes` long. `room` gives the memory
+    for the latents in the place of this number, of so many bytes; None: they need their own."""
 
     item: T
     places: list[Place]
     bytes: int
+    room: Callable[[int, int], memoryview | None]
 
 
 class Shards:
-    """Shards that are open: the latest used ones. `open` opens one, `rows` reads rows of it, all
-    that a row group has, or else copies, so that the rest does not stay in memory with them."""
+    """Shards that are open: the latest used ones. `open` opens one, `rows` reads rows of it into
+    the memory that it is given for each."""
 
     def __init__(
         self,
         open: Callable[[str], ShardFile],
-        rows: Callable[[ShardFile, list[int], bool], Iterator[Row]],
+        rows: Callable[[ShardFile, list[int], Into], Iterator[Row]],
     ) -> None:
         self._open, self._rows = open, rows
         self._lock = threading.Lock()
@@ -68,9 +72,15 @@ class Shards:
                 future.set_exception(error)
         return future.result()
 
-    def read(self, name: str, rows: list[int], copy: bool) -> dict[int, Row]:
-        """`rows` (ascending), by their numbers."""
-        return dict(zip(rows, self._rows(self.get(name), rows, copy), strict=True))
+    def read(self, name: str, rows: Mapping[int, tuple[Wanted[T], int]]) -> dict[int, Row]:
+        """Rows (ascending) by their numbers, each where it is wanted: by whom, in which place."""
+
+        def into(row: int, size: int) -> memoryview:
+            one, number = rows[row]
+            room = one.room(number, size)
+            return fresh(row, size) if room is None else room
+
+        return dict(zip(rows, self._rows(self.get(name), list(rows), into), strict=True))
 
 
 def read_rows(
@@ -86,7 +96,7 @@ def read_rows(
     far: deque[Wanted[T]] = deque()
     near: deque[Wanted[T]] = deque()
     far_bytes = near_bytes = 0
-    wanted: dict[str, Counter[int]] = defaultdict(Counter)  # rows of each shard, in far and near
+    wanted: _Wishes[T] = defaultdict(dict)  # of each shard's rows, in far and near
     read: dict[Place, Future[dict[int, Row]]] = {}
     pool = ThreadPoolExecutor(THREADS, "shards")
     try:
@@ -94,10 +104,10 @@ def read_rows(
             while far_bytes + near_bytes < memory or not far:
                 far.append(one := next(plan))
                 far_bytes += one.bytes
-                for place in one.places:
+                for number, place in enumerate(one.places):
                     if place.shard not in wanted and len(wanted) < OPEN // 2:
                         pool.submit(shards.get, place.shard)  # open when it is asked for
-                    wanted[place.shard][place.row] += 1
+                    wanted[place.shard].setdefault(place.row, deque()).append((one, number))
             if near_bytes <= memory * 3 // 8:
                 missing: dict[Place, None] = {}
                 enough = near_bytes + memory // 8  # not all at once: the first should come soon
@@ -111,10 +121,14 @@ def read_rows(
             near_bytes -= one.bytes
             rows = []
             for place in one.places:
-                rows.append(read[place].result()[place.row])
-                wanted[place.shard][place.row] -= 1
-                if not wanted[place.shard][place.row]:
-                    del wanted[place.shard][place.row], read[place].result()[place.row], read[place]
+                found = read[place].result()
+                rows.append(row := found[place.row])
+                wishes = wanted[place.shard][place.row]
+                wishes.popleft()
+                if wishes and isinstance(row, Latent):  # it lies where who has it may write
+                    found[place.row] = replace(row, data=memoryview(bytes(row.data)))
+                elif not wishes:
+                    del wanted[place.shard][place.row], found[place.row], read[place]
                     if not wanted[place.shard]:
                         del wanted[place.shard]
             yield one.item, rows
@@ -122,29 +136,32 @@ def read_rows(
         pool.shutdown(cancel_futures=True)
 
 
+_Wishes = defaultdict[str, dict[int, deque[tuple[Wanted[T], int]]]]
+
+
 def _request(
     missing: Iterable[Place],
-    wanted: Mapping[str, Counter[int]],
+    wanted: _Wishes[T],
     shards: Shards,
     read: dict[Place, Future[dict[int, Row]]],
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Has the row groups of `missing` read, in the order of their files, for all that is wanted."""
+    """Has the row groups of `missing` read, in the order of their files, for all that is wanted:
+    each row to where it is wanted first."""
     rows_of: dict[str, list[int]] = defaultdict(list)
     for place in missing:
         rows_of[place.shard].append(place.row)
     for name, rows in rows_of.items():
-        file = shards.get(name)
+        file, wishes = shards.get(name), wanted[name]
         for group in sorted({file.group(row) for row in rows}):
             first, last = file.starts[group], file.starts[group + 1]
-            places = [
-                place
-                for row in sorted(wanted[name])
-                if first <= row < last and (place := Place(name, row)) not in read
-            ]
-            copy = len(places) < last - first
-            future = pool.submit(shards.read, name, [place.row for place in places], copy)
-            read.update(dict.fromkeys(places, future))
+            places = {
+                row: wishes[row][0]
+                for row in sorted(wishes)
+                if first <= row < last and Place(name, row) not in read
+            }
+            future = pool.submit(shards.read, name, places)
+            read.update(dict.fromkeys((Place(name, row) for row in places), future))
 
 
 def read_ahead(source: Iterator[T], depth: int) -> Generator[T]:
