@@ -24,12 +24,14 @@ from pipeline.config import ConfigError
 from pipeline.resources import cores, gpus_here
 
 TRAINER = "trainer.train"
-PORT = 29500
+DEFAULT_PORT = 29500  # that the first of several nodes listens on
 # What a launcher that is told to stop gives its processes to save: PyTorch's own is 30 s.
 SAVING_SECONDS = 1800
 # Before Slurm's time is up.
 NOTICE_SECONDS = 600
-RANK, HEAD = "@RANK@", "@HEAD@"  # in the commands of nodes, until it is known which
+# In the commands of nodes, until they are known.
+RANK, HEAD, PORT = "@RANK@", "@HEAD@", "@PORT@"
+FREE_PORT = "import socket; s = socket.create_server((str(), 0)); print(s.getsockname()[1])"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Fleet:
     cpu: bool = True
     accelerate: str | None = None
     head: str = ""  # host of the first node
-    port: int = PORT
+    port: int = DEFAULT_PORT
 
     @property
     def launched(self) -> bool:
@@ -62,17 +64,17 @@ class Fleet:
         return {**own, "ACCELERATE_USE_CPU": "true"} if self.cpu else own
 
     def command(self, *trainer: str) -> list[str]:
-        """Runs a module of the trainer on one node; `RANK` and `HEAD` stand for what is not known
-        yet of it where there are several."""
+        """Runs a module of the trainer on one node; `RANK`, `HEAD` and `PORT` stand for what is
+        not known yet where there are several."""
         if not self.launched:
             return [sys.executable, "-m", *trainer]
         several = self.nodes > 1
         if self.cpu and self.accelerate is None:
             there = [f"--nnodes={self.nodes}", f"--node-rank={RANK}", f"--master-addr={HEAD}"]
-            place = [*there, f"--master-port={self.port}"] if several else ["--standalone"]
+            place = [*there, f"--master-port={PORT}"] if several else ["--standalone"]
             launcher = ["torch.distributed.run", f"--nproc-per-node={self.processes}", *place]
         else:
-            place = [f"--main_process_port={self.port if several else 0}"]  # 0: any that is free
+            place = [f"--main_process_port={PORT if several else 0}"]  # 0: any that is free
             if several:
                 place += [f"--machine_rank={RANK}", f"--main_process_ip={HEAD}"]
             kind = (
@@ -107,7 +109,7 @@ def fleet(
     host, _, port = (head or "").partition(":")
     if port and not port.isdecimal():
         raise ConfigError(f"--head {head}: HOST or HOST:PORT is expected")
-    made = Fleet(1, nodes, True, accelerate, host, int(port or PORT))
+    made = Fleet(1, nodes, True, accelerate, host, int(port or DEFAULT_PORT))
     if processes is not None:
         return replace(made, processes=processes)
     there = gpus_here() if here else None
@@ -216,8 +218,11 @@ def by_hand(fleet: Fleet, *trainer: str) -> str:
     for rank in range(fleet.nodes):
         if fleet.nodes > 1:
             lines.append(f"# node {rank}")
-        line = _shell(fleet, *trainer)
-        lines.append(line.replace(RANK, str(rank)).replace(HEAD, shlex.quote(fleet.head)))
+        line = _shell(fleet, *trainer).replace(RANK, str(rank)).replace(PORT, str(fleet.port))
+        line = line.replace(HEAD, shlex.quote(fleet.head))
+        if fleet.nodes > 1 and rank == 0:
+            line = f"{shlex.quote(sys.executable)} -m pipeline.port {fleet.port} && {line}"
+        lines.append(line)
     return "\n".join(lines) + "\n"
 
 
@@ -239,7 +244,12 @@ def slurm_script(fleet: Fleet, folder: Path, directives: Sequence[str], *trainer
         f"--signal=B:USR1@{NOTICE_SECONDS}",
         *directives,
     ]
-    node = _shell(fleet, *trainer).replace(RANK, '"$SLURM_PROCID"').replace(HEAD, '"$HEAD"')
+    quiet = "trap '' TERM; export PET_SIGNALS_TO_HANDLE=SIGINT; " * fleet.launched
+    node = _shell(fleet, *trainer).replace(RANK, '"$SLURM_PROCID"')
+    node = node.replace(HEAD, '"$HEAD"').replace(PORT, '"$PORT"')
+    port = (
+        f"export PORT=$({shlex.join([sys.executable, '-c', FREE_PORT])})  # this is the first node"
+    )
     return "\n".join(
         [
             "#!/bin/bash",
@@ -247,6 +257,7 @@ def slurm_script(fleet: Fleet, folder: Path, directives: Sequence[str], *trainer
             "",
             f"cd {shlex.quote(str(Path.cwd()))}",
             'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            *([port] if fleet.nodes > 1 else []),
             "# srun does not take over by itself what --sbatch=--cpus-per-task=N gives the job.",
             'if [ -n "$SLURM_CPUS_PER_TASK" ]; then',
             '    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',
@@ -256,7 +267,8 @@ def slurm_script(fleet: Fleet, folder: Path, directives: Sequence[str], *trainer
             "again=",
             "trap 'again=1; scancel --signal=TERM \"$SLURM_JOB_ID\"' USR1",
             "trap 'scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
-            f"srun bash -c {shlex.quote(f'exec env {node}')} &",
+            "# The launcher would hear the SIGTERM, too, and count it a failure.",
+            f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(f'{quiet}exec env {node}')} &",
             "step=$!",
             'while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done',
             'if [ -n "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; exit 0; fi',

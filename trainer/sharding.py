@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.config import SettingsError, TrainSettings
@@ -63,18 +63,39 @@ def deepspeed(settings: TrainSettings) -> DeepSpeedPlugin | None:
     config["gradient_accumulation_steps"] = settings.gradient_accumulation
     config["gradient_clipping"] = settings.grad_clip or 0.0
     config["train_batch_size"] = "auto"
+    config.setdefault("fp16", {"enabled": "auto", "auto_cast": False})  # see `ready`
     # Without it there is no model to write at the end.
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return plugin
 
 
-def check(accelerator: Accelerator) -> None:
-    """Raises SettingsError for a kind of FSDP that is not supported."""
+def ready(accelerator: Accelerator, model: nn.Module) -> None:
+    """To be called before a model is prepared. Raises SettingsError for FSDP 1.
+
+    In half precision FSDP2 and DeepSpeed cast weights, and would cast a model's inputs, times among
+    them; accelerate leaves autocast out. Here the model computes under autocast, as without them,
+    its inputs and output as they are; gradients are summed up in float32 (FSDP2).
+    """
     if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
         raise SettingsError(
             "accelerate's configuration asks for FSDP 1: set fsdp_version: 2 under fsdp_config "
             "(`accelerate to-fsdp2 --config_file FILE --overwrite` rewrites it)"
         )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if dtype is None or kind(accelerator) == WHOLE:
+        return
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    forward = model.forward
+
+    def computed(*inputs: Any) -> Tensor:
+        with torch.autocast(accelerator.device.type, dtype):
+            made: Tensor = forward(*inputs)
+        return made.float()
+
+    model.forward = computed
 
 
 def kind(accelerator: Accelerator) -> str:

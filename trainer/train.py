@@ -95,6 +95,7 @@ def train(settings: TrainSettings) -> Path:
         model.compile()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = optimizers.build(model, settings, device, world)
+    sharding.ready(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ------------------------------------------------------------------------- resume
@@ -203,7 +204,7 @@ def start(settings: TrainSettings) -> Accelerator:
         precision = "bf16" if on_gpu else "no"
     torch.set_float32_matmul_precision("high")  # TF32 where there is: what is left in float32
     try:
-        accelerator = Accelerator(
+        return Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
             deepspeed_plugin=sharding.deepspeed(settings),
@@ -214,8 +215,6 @@ def start(settings: TrainSettings) -> Accelerator:
         )
     except ValueError as error:
         raise SettingsError(f"train.mixed_precision is {precision}: {error}") from error
-    sharding.check(accelerator)
-    return accelerator
 
 
 def due(step: int, settings: TrainSettings, every: int) -> bool:
@@ -300,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description=ABOUT)
     parser.add_argument("--config", required=True, type=Path, help="JSON file of the settings")
     redact_logs()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher that is to outlive it may ignore it
     try:
         train(load_settings(parser.parse_args(arguments).config))
     except (SettingsError, ShardError, CheckpointError, Diverged) as error:

@@ -208,3 +208,14 @@ def test_a_run_outlives_the_process_that_it_reports_to(tmp_path: Path) -> None:
     assert heard.killed == 1
     assert not result.faults
     assert result.status["slow"] == Counts(24, 24)
+
+
+def test_a_ray_that_does_not_start_in_time_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(**options: object) -> None:
+        raise Exception("The current node timed out during startup")  # as Ray has it, bare
+
+    monkeypatch.setattr("ray.init", late)
+    with pytest.raises(RunError, match=r"on this machine: .* timed out .*; try again, .*--runner"):
+        run(pipeline(tmp_path, CAPTIONS, run={"runner": "ray"}), (), Retry(), Reporter())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_weights_and_optimiser_come_back(
     checkpoints.restore(accelerator, found, config())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert accelerator.step == 0
+
+
+def test_weights_that_were_spread_otherwise_are_refused(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    folder = save(accelerator, tmp_path, 5)
+    found = replace(checkpoints.read(folder), sharding="DeepSpeed's ZeRO-3 spreads them")
+    told = f"ZeRO-3 spreads them, but here {sharding.WHOLE}: start it with the same --accelerate"
+    with pytest.raises(CheckpointError, match=told):
+        checkpoints.restore(accelerator, found, config())
 
 
 def test_only_the_newest_are_kept(accelerator: Accelerator, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,40 @@ def test_two_processes_that_are_killed_go_on_bit_for_bit(
         assert torch.equal(value, weights(parts.output)[name]), name
 
 
+def test_where_one_process_dies_the_run_ends(make_index: Any, settings_of: Any) -> None:
+    """The other is not left behind, nor is the port looked for that several nodes would take."""
+    settings = settings_of(make_index(), steps=100_000, save_every=100_000, log_every=1)
+    own = Fleet(2)
+    with (
+        _held(launching.DEFAULT_PORT),
+        subprocess.Popen(
+            own.command(*words(settings)),
+            env={**os.environ, **own.environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stderr is not None
+        for said in process.stderr:
+            if said.startswith("step 2/"):
+                break
+        training = launching.trainers(process.pid)
+        os.kill(training[1], signal.SIGKILL)
+        said = process.stderr.read()
+        assert process.wait(120) != 0
+    assert len(training) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in training)
+    assert "Signal 9 (SIGKILL) received" in said
+
+
+@contextlib.contextmanager
+def _held(port: int) -> Iterator[None]:
+    """Somebody, if not this, listens on the port."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(socket.create_server(("", port)))
+        yield
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_is_handed_on_and_is_no_failure(
     processes: int, make_index: Any, settings_of: Any, capfd: pytest.CaptureFixture[str]
@@ -138,9 +174,27 @@ def test_two_nodes_by_hand(make_index: Any, settings_of: Any, tmp_path: Path) ->
     assert weights(settings.output)
 
 
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as held:
+        port = held.getsockname()[1]
+        first, second = (
+            line
+            for line in by_hand(
+                Fleet(1, nodes=2, head="a", port=port), "trainer.train"
+            ).splitlines()
+            if not line.startswith("#")
+        )
+        done = subprocess.run(["bash", "-c", first], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"port {port} of this machine cannot be used (Address already in use)" in done.stderr
+    assert "--head HOST:PORT" in done.stderr and "torch" not in done.stderr
+    assert "pipeline.port" not in second
+
+
 SRUN = """#!/bin/bash
 # As Slurm's: a task a node; a SIGTERM to srun itself kills them.
 trap 'kill -KILL $tasks' TERM
+[[ $1 == --kill-on-bad-exit=1 ]] && shift
 for rank in 0 1; do SLURM_PROCID=$rank "$@" & tasks="$tasks $!"; done
 echo $tasks > "$NOTED.tasks"
 echo "$SRUN_CPUS_PER_TASK" > "$NOTED.cpus"

@@ -105,3 +105,27 @@ def test_a_run_is_that_of_one_process_and_goes_on_bit_for_bit(
     for name, value in models.load(newest)[0].state_dict().items():
         assert not torch.equal(value, whole[name])
         torch.testing.assert_close(value, loaded[name], rtol=0.5, atol=0.05)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_in_half_precision_are_those_of_one_process(
+    kind: str, make_index: Any, settings_of: Any, network: Any, tmp_path: Path
+) -> None:
+    made = make_index(embedded=True, first_frame=True)
+    same: dict[str, Any] = {
+        "steps": 2,
+        "learning_rate": 1e-2,
+        "mixed_precision": "bf16",
+        "text": {"kind": "stored"},
+        "model": {"kind": "wan", "path": str(network("wan")), "lora": {"rank": 2}},
+    }
+    words, environment = command(settings_of(made, batch_size=2, **same), kind)
+    assert call(words, environment) == 0
+    alone = train(settings_of(made, output=str(tmp_path / "alone"), **same)).parent / "model"
+    one, two = (weights(folder) for folder in (alone, tmp_path / "out" / "model"))
+    assert one.keys() == two.keys()
+    moved = [name for name, value in one.items() if "lora_B" in name and value.any()]
+    assert moved
+    for name, value in one.items():
+        torch.testing.assert_close(two[name].float(), value.float(), rtol=0.2, atol=2e-3)
