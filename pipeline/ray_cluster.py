@@ -54,7 +54,7 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
             try:
                 with _environment("PYTHONPATH", path), _muted_stderr():
                     context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-            except Exception as error:  # noqa: BLE001  bare ones where parts of Ray come too late
+            except Exception as error:  # bare ones where parts of Ray come too late
                 where = run.address or "this machine"
                 remedy = "" if run.address else "; try again, or without it: --runner local"
                 raise RunError(f"Ray can't be started on {where}: {error}{remedy}") from error
