@@ -7,6 +7,7 @@ collected and made anew by itself.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from manifests.log import Commit, History, Log
 from manifests.shards import ShardError, ShardFile
 from manifests.store import Store, StoreError
 
+# Files that are read at once: a store far away answers one at a time slowly.
+_READERS = 8
 _PLACE = ("embedding_key", "embedding_row")
 _COPIED = (
     *("embedding", "embedding_pooled", "embedding_shape"),
@@ -72,9 +75,12 @@ class StoredEmbeddings:
         gone = {f"{attempt}.parquet" for attempt in self._void}
         self._gone |= {n for n, f in enumerate(self._files) if f.rsplit("/", 1)[1] in gone}
         parts = [self._places]
-        for name, commit in fresh.items():
-            if commit.attempt not in self._void:
-                parts += self._read(name)
+        names = [name for name, commit in fresh.items() if commit.attempt not in self._void]
+        with ThreadPoolExecutor(_READERS) as pool:
+            for name, (keys, rows) in zip(names, pool.map(self._read, names)):
+                files = np.full(len(rows), len(self._files), np.int32)
+                self._files.append(name)
+                parts.append(_Places(keys, files, rows))
         if len(parts) > 1 or self._gone:
             self._places = self._joined(parts)
 
@@ -93,18 +99,16 @@ class StoredEmbeddings:
                 except (StoreError, FileNotFoundError):
                     continue  # damaged, or collected since the listing: nothing to copy from
 
-    def _read(self, name: str) -> list[_Places]:
+    def _read(self, name: str) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]:
+        """The keys of a file's embeddings, and the rows that hold them."""
         try:
             table = self._log.store.read_parquet(name, _PLACE)
         except StoreError:
-            return []
+            return np.empty(0, np.uint64), np.empty(0, np.int32)
         rows = array(table, "embedding_row").fill_null(-1).to_numpy()
         bears = np.flatnonzero(rows == np.arange(len(rows)))
         keys = array(table, "embedding_key").take(bears).to_pylist()
-        number = len(self._files)
-        self._files.append(name)
-        files = np.full(len(bears), number, np.int32)
-        return [_Places(np.array(list(map(_short, keys)), np.uint64), files, bears.astype("i4"))]
+        return np.array(list(map(_short, keys)), np.uint64), bears.astype(np.int32)
 
     def _joined(self, parts: list[_Places]) -> _Places:
         """Each key once, in none of the files that are gone."""

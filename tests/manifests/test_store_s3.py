@@ -16,8 +16,9 @@ from racing import race
 from s3_faults import BUCKET, Proxy
 
 from manifests.log import Counts, Log
-from manifests.shards import INDEX, Index, LatentSpec, write_index
+from manifests.shards import EMBEDDINGS, INDEX, Index, LatentSpec, write_index
 from manifests.store import Store, StoreError, StoreUnusable
+from manifests.stored import StoredEmbeddings
 
 TABLE = pa.table({"clip_id": ["a", "b"], "n": [1, 2], "blob": pa.array([b"x" * 9, b"y"])})
 
@@ -211,6 +212,22 @@ def test_secrets_in_the_address_are_left_out(s3: Proxy, monkeypatch: pytest.Monk
     with pytest.raises(StoreUnusable) as caught:
         Store(f"s3://{BUCKET}/other").prove()
     assert "planted" not in str(caught.value)
+
+
+def test_embeddings_that_are_there_are_found(store: Store, s3: Proxy) -> None:
+    log, stored = Log(store, "embed", "f"), StoredEmbeddings(store.url, "embed", "f")
+    stored.look()
+    keys = [f"{n}" * 32 for n in range(4)]
+    for n, key in enumerate(keys):
+        row = {"embedding": b"%d" % n, "embedding_key": key, "embedding_row": 0}
+        table = pa.Table.from_pylist([dict.fromkeys(EMBEDDINGS.names) | row], EMBEDDINGS)
+        assert log.append(f"u{n}", 0, "", Counts(), table)
+    assert not stored.find(keys)
+    stored.look()
+    found = stored.find([*keys, "e" * 32])
+    assert {key: row["embedding"] for key, row in found.items()} == {
+        key: b"%d" % n for n, key in enumerate(keys)
+    }
 
 
 def test_the_index_is_written_and_opened(store: Store, s3: Proxy) -> None:
