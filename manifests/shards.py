@@ -357,7 +357,8 @@ class ShardFile:
         except Exception as error:  # each driver has exceptions of its own
             # Arrow says of what it can't parse that it is an OSError, of no number.
             if isinstance(error, pa.ArrowInvalid) or (type(error) is OSError and not error.errno):
-                told = f"shard {self.name} in {self.workdir} is damaged: {error}; {advice}"
+                what = str(error).rstrip(". ")
+                told = f"shard {self.name} in {self.workdir} is damaged: {what}; {advice}"
                 raise ShardError(told) from error
             where = f"{self.workdir}/{self.name}"
             raise ShardError(str(unusable(error, "read", where))) from error

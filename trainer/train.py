@@ -107,6 +107,8 @@ def train(settings: TrainSettings) -> Path:
         saved = folder
         position, note = loader.resume(found.position)
         say(f"goes on from {folder}" + f": {note}" * bool(note))
+        if step >= settings.steps:
+            say(f"{step} steps are done, and train.steps is {settings.steps}: raise it to train on")
     ema = averaged(accelerator, model, settings)
     if ema is not None and found and (found.folder / EMA).exists():
         ema.load(found.folder)
@@ -189,6 +191,7 @@ def train(settings: TrainSettings) -> Path:
 
 def start(settings: TrainSettings) -> Accelerator:
     """The processes, their device and precision. Raises SettingsError and CheckpointError."""
+    optimizers.check(settings)
     trackers.check(settings)
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -203,7 +206,7 @@ def start(settings: TrainSettings) -> Accelerator:
         return Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
-            log_with=list(settings.trackers),
+            log_with=list(settings.trackers) or None,
             project_config=ProjectConfiguration(
                 project_dir=str(settings.output), logging_dir=str(settings.output / trackers.LOGS)
             ),
