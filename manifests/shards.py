@@ -344,7 +344,8 @@ class ShardFile:
             ) from error
         except Exception as error:  # each driver has exceptions of its own
             if _unreadable(error):
-                told = f"shard {self.name} in {self.workdir} is damaged: {error}; {advice}"
+                what = str(error).rstrip(". ")
+                told = f"shard {self.name} in {self.workdir} is damaged: {what}; {advice}"
                 raise ShardError(told) from error
             where = f"{self.workdir}/{self.name}"
             raise ShardError(str(unusable(error, "read", where))) from error

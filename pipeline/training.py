@@ -60,7 +60,7 @@ def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = N
     if not pipeline.store.find(index.INDEX_NAME):
         raise ConfigError(_nothing_ready(pipeline))
     chosen = settings(pipeline, steps, output)
-    _sampled(pipeline, chosen)
+    name_models(pipeline, chosen)
     folder = Path(chosen["output"])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
@@ -73,7 +73,7 @@ def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = N
     return file
 
 
-def _sampled(pipeline: Pipeline, chosen: dict[str, Any]) -> None:
+def name_models(pipeline: Pipeline, chosen: dict[str, Any]) -> None:
     """Names what samples while training need: the VAE, and the text encoder of stored embeddings.
     They are fetched first if they have to be."""
     match chosen.get("samples"):
@@ -85,14 +85,22 @@ def _sampled(pipeline: Pipeline, chosen: dict[str, Any]) -> None:
             chosen["samples"] = {**needed, "prompts": prompts, **others}
 
 
-def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | None = None) -> int:
-    """Samples `prompts` with a checkpoint (default: the last one) to a GIF, mp4 or PNG."""
+def sample(
+    pipeline: Pipeline,
+    prompts: list[str],
+    out: str,
+    checkpoint: str | None = None,
+    **options: str | float | None,
+) -> int:
+    """Samples `prompts` with a checkpoint (default: the last one) to a GIF, mp4 or PNG. `options`
+    are those of `trainer.sample`; None: as it has them."""
     folder = cast(Encode, pipeline.stages["encode"]).folder()
     place = checkpoint or settings(pipeline)["output"]
     named = [part for prompt in prompts for part in ("--prompt", prompt)]
     if "embed" in pipeline.stages:
         encoder, tokenizer = cast(Embed, pipeline.stages["embed"]).folders()
         named += ["--text-encoder", encoder, "--tokenizer", tokenizer]
+    named += [f"--{name}={value}" for name, value in options.items() if value is not None]
     words = ("trainer.sample", "--checkpoint", place, "--vae", folder, "--out", out, *named)
     return call(Fleet().command(*words))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -357,7 +358,12 @@ def _sentence(error: dict[str, Any]) -> str:
         return f"{name} is missing: {_fields(parents)[key].description}"
     if error["type"] == "value_error":
         return f"{name}: {reason}"
-    return f"{name} is {json.dumps(error['input'], default=str)}: it must be {reason}"
+    guess = ""
+    if error["type"] == "literal_error":
+        allowed = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(str(error["input"]).lower(), allowed, n=1)
+        guess = f". Did you mean {near[0]}?" if near else ""
+    return f"{name} is {json.dumps(error['input'], default=str)}: it must be {reason}{guess}"
 
 
 def _fields(parents: list[str]) -> dict[str, Any]:

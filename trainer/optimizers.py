@@ -17,7 +17,17 @@ from torch.optim import Optimizer
 
 from trainer.config import SettingsError, TrainSettings
 
-PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_offload": "torchao", "prodigy": "prodigyopt"}
+MODULES = {
+    "adamw_8bit": "bitsandbytes.optim",
+    "adamw_offload": "torchao.optim",
+    "prodigy": "prodigyopt",
+}
+
+
+def check(settings: TrainSettings) -> None:
+    """Raises SettingsError where the optimiser's package is missing."""
+    if settings.optimizer in MODULES:
+        _module(settings.optimizer)
 
 
 def build(
@@ -34,19 +44,19 @@ def build(
         return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
     if name == "prodigy":
         # As its authors advise for diffusion; the estimate starts too high in a warm-up otherwise.
-        made: Optimizer = _module("prodigyopt", name).Prodigy(
+        made: Optimizer = _module(name).Prodigy(
             groups, **options, safeguard_warmup=True, use_bias_correction=True
         )
         return made
     if name == "adamw_8bit":
-        made = _module("bitsandbytes.optim", name).AdamW8bit(groups, **options)
+        made = _module(name).AdamW8bit(groups, **options)
         return made
     if world > 1:
         raise SettingsError(
             f"train.optimizer is adamw_offload, but there are {world} processes, and it takes "
             "gradients before they have been exchanged: set it to adamw_8bit, or train on one GPU"
         )
-    module = _module("torchao.optim", name)
+    module = _module(name)
     if device.type != "cuda":
         raise SettingsError(
             "train.optimizer is adamw_offload, which saves memory of a GPU, and this machine has "
@@ -90,11 +100,11 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return most * (1 + math.cos(math.pi * min(1.0, share))) / 2
 
 
-def _module(path: str, name: str) -> Any:
+def _module(name: str) -> Any:
     try:
-        return importlib.import_module(path)
+        return importlib.import_module(MODULES[name])
     except ImportError as error:
-        package = PACKAGES[name]
+        package = MODULES[name].partition(".")[0]
         raise SettingsError(
             f"train.optimizer is {name}, but {package} cannot be imported ({error}): "
             f"pip install {package}, or set it to adamw"

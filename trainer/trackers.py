@@ -76,6 +76,9 @@ def begin(accelerator: Accelerator, settings: TrainSettings, step: int) -> None:
 
 def end(accelerator: Accelerator) -> None:
     with redirect_stdout(sys.stderr):
+        for tracker in accelerator.trackers:
+            if tracker.name == "trackio" and accelerator.is_main_process:
+                importlib.import_module("trackio").finish()  # else at exit again, on stdout
         accelerator.end_training()
 
 

@@ -109,6 +109,8 @@ def train(settings: TrainSettings) -> Path:
         saved = folder
         position, note = loader.resume(found.position)
         say(f"goes on from {folder}" + f": {note}" * bool(note))
+        if step >= settings.steps:
+            say(f"{step} steps are done, and train.steps is {settings.steps}: raise it to train on")
     ema: Ema | None = None
     if settings.ema_decay is not None:
         ema = Ema(accelerator.unwrap_model(model), settings.ema_decay, settings.ema_power)
@@ -193,6 +195,7 @@ def train(settings: TrainSettings) -> Path:
 
 def start(settings: TrainSettings) -> Accelerator:
     """The processes, their device and precision. Raises SettingsError and CheckpointError."""
+    optimizers.check(settings)
     trackers.check(settings)
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -208,7 +211,7 @@ def start(settings: TrainSettings) -> Accelerator:
             mixed_precision=precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
             deepspeed_plugin=sharding.deepspeed(settings),
-            log_with=list(settings.trackers),
+            log_with=list(settings.trackers) or None,
             project_config=ProjectConfiguration(
                 project_dir=str(settings.output), logging_dir=str(settings.output / trackers.LOGS)
             ),

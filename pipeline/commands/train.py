@@ -9,7 +9,12 @@ from pipeline.commands.options import load, with_config
 
 @click.command()
 @with_config
-@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Of the whole run, resumed.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="After which the run ends, those of before among them; default: train.steps.",
+)
 @click.option("--output", metavar="DIR", help="Checkpoints and logs; default: WORKDIR/train.")
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Of each node; default: all.")
 @click.option(
@@ -88,19 +93,30 @@ def train(
 
 @click.command()
 @with_config
-@click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="May be repeated.")
+@click.option("--prompts-file", metavar="FILE", help="Prompts, one a line.")
 @click.option("--out", required=True, metavar="FILE", help="A .gif, .mp4 or .png.")
 @click.option("--checkpoint", metavar="DIR", help="Default: the last one of WORKDIR/train.")
+@click.option("--num", type=click.IntRange(min=1), metavar="N", help="Videos of each; default: 1.")
+@click.option("--seed", type=int, metavar="N", help="Of the first's noise; default: 0.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Model calls; default: 30.")
+@click.option("--guidance", type=float, metavar="X", help="Default: 3; 1: none.")
 def sample(
     file: str,
     overrides: tuple[str, ...],
     prompts: tuple[str, ...],
+    prompts_file: str | None,
     out: str,
     checkpoint: str | None,
+    **sampling: float | None,
 ) -> None:
     """Make videos of prompts with a trained model."""
+    from pipeline.config import ConfigError
     from pipeline.training import sample as launch
 
-    code = launch(load(file, overrides), list(prompts), out, checkpoint)
+    if not prompts and prompts_file is None:
+        raise ConfigError("no prompt: give --prompt TEXT, or --prompts-file FILE")
+    given = {"prompts-file": prompts_file, **sampling}
+    code = launch(load(file, overrides), list(prompts), out, checkpoint, **given)
     if code:
         raise click.exceptions.Exit(code)

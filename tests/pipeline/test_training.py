@@ -101,6 +101,31 @@ def test_what_waits_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "`vidpipe run` first" in str(error.value)
 
 
+def test_samples_are_told_their_vae(tmp_path: Path) -> None:
+    made = pipeline(tmp_path, {}, train={"samples": {"prompts": ["a dog"], "every": 3}})
+    chosen = training.settings(made)
+    training.name_models(made, chosen)
+    samples = parse_settings(chosen).samples
+    assert samples.vae is not None and (Path(samples.vae) / "config.json").is_file()
+    assert (samples.prompts, samples.every, samples.text_encoder) == (("a dog",), 3, None)
+    without = training.settings(pipeline(tmp_path, {}))
+    training.name_models(made, without)
+    assert "samples" not in without
+
+
+def test_what_samples_are_asked_for_is_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(training, "call", lambda command: asked.extend(command) or 0)
+    made = pipeline(tmp_path, {})
+    training.sample(made, ["a", "b"], "a.gif", num=3, steps=None, guidance=1.5)
+    assert asked[asked.index("--prompt") :] == [
+        *("--prompt", "a", "--prompt", "b"),
+        *("--num=3", "--guidance=1.5"),
+    ]
+
+
 def test_what_the_user_expects_comes_first(tmp_path: Path) -> None:
     made = pipeline(tmp_path, {}, train={"expect": {"fps": 3}, "steps": 5})
     chosen = training.settings(made, steps=7)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from networks import SHAPE, config, make, make_flat
+from safetensors.torch import load_file, save_file
 
 from trainer import families
 from trainer.config import SettingsError
@@ -73,6 +76,32 @@ def test_what_path_cannot_be(network: Callable[[str], Path], tmp_path: Path) -> 
     assert "leave train.model.lora out" in told("unet3d", model=grown)
 
 
+def test_a_hub_that_is_out_of_reach_is_told_at_once(
+    network: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And what was fetched before is used."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SettingsError, match=r"owner/name can't be fetched: .* can't be reached \("):
+        families.build(config("wan", model={"path": "owner/name"}))
+    assert "Retrying" not in caplog.text
+    with pytest.raises(SettingsError, match=r"no folder owner/name/x, and a hub id reads"):
+        families.build(config("wan", model={"path": "owner/name/x"}))
+    commit = "1234567890" * 4
+    known = tmp_path / "models--owner--name"
+    (known / "refs").mkdir(parents=True)
+    (known / "refs" / "main").write_text(commit)
+    shutil.copytree(network("wan"), known / "snapshots" / commit / "transformer")
+    built = families.build(config("wan", model={"path": "owner/name"}))
+    own = load_file(network("wan") / "diffusion_pytorch_model.safetensors")
+    assert own and all(torch.equal(built.net.state_dict()[k], v) for k, v in own.items())
+
+
 def test_a_missing_package_is_told(
     network: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,8 +111,6 @@ def test_a_missing_package_is_told(
 
 
 def test_damaged_weights_are_told(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     file = make("wan", tmp_path) / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
     del state["proj_out.weight"]

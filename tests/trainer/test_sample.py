@@ -108,6 +108,15 @@ def test_video_vaes_are_given_a_video() -> None:
     torch.testing.assert_close(echo.given, (z / 0.5 + 1).transpose(0, 1))
 
 
+def test_many_tiles_make_rows() -> None:
+    assert [sample.across(n, ".gif") for n in (1, 3, 4, 5, 9, 10)] == [1, 3, 2, 3, 3, 4]
+    assert sample.across(9, ".png") == 9
+    joined = sample.tile(clips(3), ["a", "b", "c"], 2)
+    above = 15 + 8
+    assert joined.shape[1:3] == (2 * (above + 189), 2 * 195)
+    assert (joined[:, 2 * above + 189 :, 195:] == 255).all(), "nothing below the second"
+
+
 def clips(count: int = 2) -> list[np.ndarray]:
     draw = np.random.default_rng(0)
     return [draw.integers(0, 256, (9, 63, 65, 3), dtype=np.uint8) for _ in range(count)]
@@ -164,7 +173,22 @@ def test_a_trained_model_to_a_gif(
             assert (gif.n_frames, gif.size) == (4, (384, 216))  # two tiles, their height made even
         out.unlink()
     capsys.readouterr()
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red square\n\n")
+    place = ["--checkpoint", str(settings.output), "--out", str(out), "--vae", str(vae)]
+    both = [*place, "--steps", "2", "--prompts-file", str(file), "--num", "2", "--at-once", "1"]
+    assert sample.main([*both, "--seed", "5"]) == 0
+    assert "1 of 2 videos are made\n" in capsys.readouterr().err
+    with Image.open(out) as gif:
+        assert gif.size == (384, 216)
+        left, right = (np.asarray(gif.convert("L"))[23:, n : n + 192] for n in (0, 192))
+        assert (left != right).any(), "each of a seed of its own"
+    file.write_text("\n")
     for arguments, told in (
+        (place, "no prompt: give --prompt TEXT, or --prompts-file FILE"),
+        ([*place, "--prompts-file", str(file)], "has no prompts: one a line is expected"),
+        ([*place, "--prompts-file", str(tmp_path)], "cannot be read"),
+        ([*place, *common, "--num", "0"], "--num is 0: it must be at least 1"),
         (["--checkpoint", str(tmp_path), "--out", str(out), *common], "no model in"),
         (["--checkpoint", str(settings.output), "--out", "a.avi", *common], "must end in .gif"),
         (["--checkpoint", str(vae), "--out", str(out), *common], "no model in"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from manifests.shards import write_index
 from trainer import losses as losses_of
 from trainer import objectives
-from trainer.config import TrainSettings
+from trainer.config import SettingsError, TrainSettings
 from trainer.train import Diverged, main, train
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,9 @@ def test_what_a_run_leaves(
         assert torch.equal(value, exported[name])
     # Again there is nothing left to train, and nothing changes.
     assert run_main(settings, tmp_path) == 0
-    assert "steps 4 to 4" in capsys.readouterr().err
+    again = capsys.readouterr().err
+    assert "steps 4 to 4" in again
+    assert "4 steps are done, and train.steps is 4: raise it to train on" in again
 
 
 def test_times_are_shifted_by_the_tokens_of_a_clip(make_index: Any, settings_of: Any) -> None:
@@ -170,6 +172,15 @@ def empty(made: Any) -> None:
     write_index(made.url, index.workdir, [], index.spec, {})
 
 
+def no_shard(made: Any) -> None:
+    made.shards["encode/f/u01.parquet"].unlink()
+
+
+def cut_shard(made: Any) -> None:
+    file = made.shards["encode/f/u01.parquet"]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
     ("spoil", "values", "told"),
     [
@@ -178,6 +189,11 @@ def empty(made: Any) -> None:
         (lambda made: None, {"expect": {"fps": 24}}, "train.expect.fps is 24.0"),
         (lambda made: None, {"mixed_precision": "fp16"}, "train.mixed_precision is fp16"),
         (lambda made: None, {"output": "/dev/null/out"}, "train.output cannot be written"),
+        (no_shard, {}, "shard encode/f/u01.parquet is missing from "),
+        (no_shard, {}, "`vidpipe verify` tells what else is"),
+        (cut_shard, {}, "shard encode/f/u01.parquet"),
+        (cut_shard, {}, "`vidpipe verify --repair` has it made again"),
+        (lambda made: None, {"validation": {"share": 1e-9}}, "holds back 0 of 21 clips"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
@@ -195,7 +211,51 @@ def test_mistakes_are_told_in_a_sentence(
     spoil(made)
     assert run_main(settings_of(made, **values), tmp_path) == 2
     found = capsys.readouterr().err
-    assert found.startswith("vidpipe train: ") and told in found
+    assert told in found[found.index("vidpipe train: ") :] and "Traceback" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("AdamW-8bit", "Did you mean adamw_8bit?"),
+        ("prodigi", "Did you mean prodigy?"),
+        ("sgd", "'adamw_offload' or 'prodigy'\n"),
+    ],
+)
+def test_an_unknown_optimiser_is_told_by_the_nearest_name(
+    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"index": "i", "output": "o", "optimizer": name}))
+    assert main(["--config", str(file)]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(f"vidpipe train: train.optimizer is \"{name}\": it must be 'adamw', ")
+    assert told in found and len(found.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"optimizer": "prodigy", "learning_rate": 1},
+            "pip install prodigyopt, or set it to adamw",
+        ),
+        ({"trackers": ["wandb"]}, "train.trackers names wandb, .* pip install wandb, or leave it"),
+    ],
+)
+def test_a_missing_package_is_told_before_anything_is_loaded(
+    values: dict[str, Any],
+    told: str,
+    make_index: Any,
+    settings_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for package in ("prodigyopt", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    settings = settings_of(make_index(), **values)
+    with pytest.raises(SettingsError, match=told):
+        train(settings)
+    assert not settings.output.exists()
 
 
 def test_another_model_is_refused(

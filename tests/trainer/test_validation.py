@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from trainer.config import SettingsError
+from trainer.ema import Ema
 from trainer.losses import Traits
-from trainer.models import build
+from trainer.models import build, load
 from trainer.train import train
 from trainer.validation import TIMES, Validation, drawn, split
 
@@ -95,6 +96,27 @@ def test_a_run_tells_it_and_never_trains_on_them(
     assert f"{40 - held} clips of" in told
     losses = [line for line in told.splitlines() if "validation loss" in line]
     assert [line.split()[1] for line in losses] == ["2/6", "4/6", "6/6"]
+
+
+def test_the_average_of_the_weights_is_looked_at_too(
+    make_index: Any, settings_of: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_index(sizes=(30, 10))
+    common = {"validation": {"share": 0.3, "every": 6}, "learning_rate": 1e-2}
+    settings = settings_of(made, ema_decay=0.5, **common)
+    folder = train(settings)
+    (told,) = [x for x in capsys.readouterr().err.splitlines() if "validation loss" in x]
+    _, held = split(made.open(), settings)
+    assert held is not None
+    validation = Validation(held, settings, Accelerator(cpu=True))
+    for name, expected in (("val_loss_ema", told.split()[-1]), ("val_loss", told.split()[4][:-1])):
+        model, _ = load(folder)  # of the average, while there is one
+        values = validation.losses(model, Traits.of(model))
+        assert f"{values['val_loss']:.4f}" == expected, name
+        (folder / "ema.safetensors").unlink(missing_ok=True)
+    ema = Ema(model, 0.5, 2 / 3)
+    found = validation.losses(model, Traits.of(model), ema)
+    assert found["val_loss_ema"] == found["val_loss"] and len(found) == 2 * (1 + TIMES)
 
 
 def test_looking_changes_nothing_of_the_training(

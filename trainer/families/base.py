@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer import lora
 from trainer.config import FamilySettings, ModelConfig, SettingsError
+from trainer.families import hub
 
 TIMESTEPS = 1000  # the time scale of them all
 
@@ -119,14 +120,13 @@ class Family(nn.Module):
     def describe(cls, settings: FamilySettings) -> tuple[dict[str, Any], str | None]:
         """The config.json of what `path` names, and in which of its folders it is."""
         path, errors = str(settings.path), []
-        if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
-            raise SettingsError(f"train.model.path: there is no folder {path}")
-        for folder in (settings.subfolder or cls.part, None):
+        names = [settings.subfolder or cls.part, None]
+        wanted = ["/".join(filter(None, (name, "config.json"))) for name in names]
+        place = hub.local(path) or hub.fetch(path, settings.revision, wanted)
+        for folder in names:
             try:
                 options = {"subfolder": folder} if folder else {}
-                arch = diffusers_class(cls.network).load_config(
-                    settings.path, revision=settings.revision, **options
-                )
+                arch = diffusers_class(cls.network).load_config(place, **options)
             except (OSError, ValueError) as error:
                 errors.append(_first(error))
                 continue
@@ -267,10 +267,13 @@ class Family(nn.Module):
 def load(name: str, settings: FamilySettings, folder: str | None) -> nn.Module:
     """A network of diffusers in float32, all of whose weights are there. Raises SettingsError."""
     options = {"subfolder": folder} if folder else {}
+    path, prefix = str(settings.path), f"{folder}/" if folder else ""
+    weights = "diffusion_pytorch_model*"
+    files = ("config.json", f"{weights}.safetensors", f"{weights}.safetensors.index.json")
+    place = hub.local(path) or hub.fetch(path, settings.revision, [prefix + f for f in files])
     try:
         net, info = diffusers_class(name).from_pretrained(
-            settings.path,
-            revision=settings.revision,
+            place,
             torch_dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
