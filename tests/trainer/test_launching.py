@@ -207,7 +207,9 @@ requeue) echo "requeue $2" >> "$NOTED" ;;
 esac
 """
 SCANCEL = """#!/bin/bash
-[ "$*" = "--signal=TERM 77" ] && kill -TERM $(cat "$NOTED.tasks")
+# As Slurm's: all processes of the tasks hear it.
+[ "$*" = "--signal=TERM 77" ] || exit 1
+for task in $(cat "$NOTED.tasks"); do kill -TERM $task $(cat /proc/$task/task/*/children); done
 """
 
 

@@ -45,13 +45,19 @@ def killed(settings: Any, kind: str, line: str) -> None:
         words, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        for said in process.stderr:
-            if said.startswith(line):
+        for told in process.stderr:
+            if told.startswith(line):
                 break
         for pid in trainers(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.stderr.read()
         assert process.wait(120) != 0
+
+
+def said(capfd: pytest.CaptureFixture[str]) -> list[float]:
+    """The losses of all steps since it was last asked."""
+    lines = (line.split() for line in capfd.readouterr().err.splitlines())
+    return [float(words[3]) for words in lines if words[:1] == ["step"] and words[2] == "loss"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -91,8 +97,8 @@ def test_a_run_is_that_of_one_process_and_goes_on_bit_for_bit(
         assert torch.equal(value, parts[name]), name
 
     alone = train(of("alone", steps, batch_size=2 * size)).parent / "model"
-    said = capfd.readouterr().err.splitlines()
-    assert any(line.startswith(f"step {steps}/{steps}  validation") for line in said)
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith(f"step {steps}/{steps}  validation") for line in lines)
     for name, value in weights(alone).items():
         torch.testing.assert_close(whole[name], value, rtol=1e-3, atol=1e-3)
     # The average is what is exported, and what a checkpoint is sampled with.
@@ -110,7 +116,12 @@ def test_a_run_is_that_of_one_process_and_goes_on_bit_for_bit(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_in_half_precision_are_those_of_one_process(
-    kind: str, make_index: Any, settings_of: Any, network: Any, tmp_path: Path
+    kind: str,
+    make_index: Any,
+    settings_of: Any,
+    network: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     made = make_index(embedded=True, first_frame=True)
     same: dict[str, Any] = {
@@ -122,10 +133,11 @@ def test_adapters_in_half_precision_are_those_of_one_process(
     }
     words, environment = command(settings_of(made, batch_size=2, **same), kind)
     assert call(words, environment) == 0
+    losses = said(capfd)
     alone = train(settings_of(made, output=str(tmp_path / "alone"), **same)).parent / "model"
     one, two = (weights(folder) for folder in (alone, tmp_path / "out" / "model"))
     assert one.keys() == two.keys()
-    moved = [name for name, value in one.items() if "lora_B" in name and value.any()]
-    assert moved
+    assert len(losses) == 2 and losses == pytest.approx(said(capfd), rel=1e-3)
     for name, value in one.items():
-        torch.testing.assert_close(two[name].float(), value.float(), rtol=0.2, atol=2e-3)
+        # Adam makes steps of one size, in whichever direction rounding leaves a small gradient.
+        assert value.any() and (two[name] - value).norm() < 0.5 * value.norm(), name
