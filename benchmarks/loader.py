@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.figures import VIDPIPE, report
-from manifests.shards import INDEX, LATENTS, Index, LatentSpec, with_facts, write_index
+from manifests.facts import with_facts
+from manifests.shards import INDEX, LATENTS, Index, LatentSpec, write_index
 from manifests.store import Store
 from trainer.config import TrainSettings
 from trainer.data import Loader

@@ -50,6 +50,12 @@ class Counts:
         else:
             self.pending += rows
 
+    def __neg__(self) -> Counts:
+        """The same rows taken back."""
+        rejected = {reason: -n for reason, n in self.rejected.items()}
+        failed = {reason: -n for reason, n in self.failed.items()}
+        return Counts(-self.total, -self.kept, rejected, failed, -self.pending)
+
     def __iadd__(self, other: Counts) -> Counts:
         self.total += other.total
         self.kept += other.kept
@@ -164,7 +170,7 @@ class Log:
         covered = len(commits)
         for name in history.loose:
             if int(name[-11:-5]) >= covered:
-                commits.append(self._commit(name))
+                commits.append(self.commit(name))
         gap = next((n for n, commit in enumerate(commits) if commit.seq != n), None)
         if gap is None:
             return commits
@@ -223,7 +229,8 @@ class Log:
             "`vidpipe verify --repair` sets it aside; its rows are then made again."
         )
 
-    def _commit(self, name: str) -> Commit:
+    def commit(self, name: str) -> Commit:
+        """The commit of that name. Raises StoreError, FileNotFoundError."""
         try:
             return Commit.from_json(self.store.read(name))
         except (ValueError, KeyError, TypeError) as error:

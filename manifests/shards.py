@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
-import json
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from manifests.facts import file_facts, with_facts
 from manifests.faults import StoreError, unusable
 
 # Columns that the encode stage adds.
@@ -83,8 +83,6 @@ INDEX = pa.schema(
         pa.field("source_id", pa.string()),  # of the clip that it is a part of, or its own
     ]
 )
-
-_KEY = b"vidpipe"
 
 
 class ShardError(Exception):
@@ -205,13 +203,23 @@ class Index:
                 table = pq.read_table(file)
         except FileNotFoundError as error:
             raise ShardError(f"no index at {url}: run `vidpipe run` first") from error
-        except pa.ArrowInvalid as error:
-            raise ShardError(f"{url} is no index: {error}") from error
+        except Exception as error:  # each driver has exceptions of its own
+            if _unreadable(error):
+                raise ShardError(f"{url} is no index: {error}") from error
+            raise ShardError(str(unusable(error, "read", url))) from error
         facts = file_facts(table.schema)
-        if "spec" not in facts:
-            raise ShardError(f"{url} is a Parquet file but no vidpipe index")
-        spec = LatentSpec.from_json(facts.pop("spec"))
-        return cls(facts.pop("workdir"), table, spec, facts)
+        lacking = [f"fact {name}" for name in ("spec", "workdir") if name not in facts]
+        lacking += [f"column {name}" for name in INDEX.names if name not in table.column_names]
+        if lacking:
+            raise ShardError(
+                f"{url} is a Parquet file but no index of this version of vidpipe (it has no "
+                f"{lacking[0]}): `vidpipe run` writes one, index/train.parquet in its workdir"
+            )
+        try:
+            table = table.select(INDEX.names).cast(INDEX).replace_schema_metadata(None)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+            raise ShardError(f"{url} is no index: {error}") from error
+        return cls(facts.pop("workdir"), table, LatentSpec.from_json(facts.pop("spec")), facts)
 
 
 def write_index(
@@ -245,27 +253,15 @@ def write_index(
     return rows
 
 
-def with_facts(table: pa.Table, facts: dict[str, Any]) -> pa.Table:
-    """The table with `facts` (JSON-able) in its schema's metadata."""
-    metadata = dict(table.schema.metadata or {})
-    metadata[_KEY] = json.dumps(facts, sort_keys=True).encode()
-    return table.replace_schema_metadata(metadata)
-
-
-def file_facts(schema: pa.Schema) -> dict[str, Any]:
-    """What `with_facts` stored; empty where nothing was."""
-    stored = (schema.metadata or {}).get(_KEY)
-    return dict(json.loads(stored)) if stored else {}
-
-
 class ShardFile:
-    """An open shard, read a row group at a time, by any thread. A context manager.
+    """An open shard, read a row group at a time, by any thread. A context manager. `proved`: what
+    is read is held against the checksums of its pages.
 
     Raises ShardError, naming the shard, where it is missing or damaged.
     """
 
-    def __init__(self, workdir: str, name: str) -> None:
-        self.workdir, self.name = workdir, name
+    def __init__(self, workdir: str, name: str, proved: bool = False) -> None:
+        self.workdir, self.name, self._proved = workdir, name, proved
         self._lock = threading.Lock()  # a reader of Parquet is for one thread at a time
         fs, root = fsspec.core.url_to_fs(workdir)
         with self._told():
@@ -292,7 +288,12 @@ class ShardFile:
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         with self._told(), self._lock:
             # A reader keeps what it has read of the last group as long as it is there.
-            parquet = pq.ParquetFile(self._file, metadata=self._footer, pre_buffer=True)
+            parquet = pq.ParquetFile(
+                self._file,
+                metadata=self._footer,
+                pre_buffer=True,
+                page_checksum_verification=self._proved,
+            )
             return parquet.read_row_group(group, columns=list(columns))
 
     def rows(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -349,12 +350,16 @@ class ShardFile:
                 f"shard {self.name} is missing from {self.workdir}: {advice}"
             ) from error
         except Exception as error:  # each driver has exceptions of its own
-            # Arrow says of what it can't parse that it is an OSError, of no number.
-            if isinstance(error, pa.ArrowInvalid) or (type(error) is OSError and not error.errno):
+            if _unreadable(error):
                 told = f"shard {self.name} in {self.workdir} is damaged: {error}; {advice}"
                 raise ShardError(told) from error
             where = f"{self.workdir}/{self.name}"
             raise ShardError(str(unusable(error, "read", where))) from error
+
+
+def _unreadable(error: Exception) -> bool:
+    """Whether Arrow can't parse the file: it says so by an OSError of no number, too."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and not error.errno)
 
 
 def read_latents(

@@ -245,6 +245,7 @@ class Store:
                 compression={n: "none" if n in payload else "zstd" for n in table.column_names},
                 use_dictionary=words,
                 write_statistics=False,
+                write_page_checksum=True,  # rows may be copied on without the whole being read
                 row_group_size=max(1, int(ROW_GROUP_BYTES // max(1.0, row_bytes))),
             )
         return hashed.sha256.hexdigest(), hashed.length

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import islice
+
+from manifests.sources import SourceError, read
 from pipeline.dag import Pipeline
 from stages.filter import Filter
+from stages.recaption import Recaption
+
+# Rows of the source that are looked at: enough to tell a table without captions from a gap in one.
+SEEN = 200
 
 
-def advice(pipeline: Pipeline) -> list[str]:
-    """Sentences for a person, at most one a matter."""
-    return [*_of_lengths(pipeline), *_of_captions(pipeline)]
+def advice(pipeline: Pipeline, stages: Collection[str] | None = None) -> list[str]:
+    """Sentences for a person, at most one a matter; about `stages` alone, where some are named."""
+    told = {
+        "encode": [_of_lengths, _of_captions],
+        "recaption": [_of_missing_captions],
+    }
+    asked = [name for name in told if stages is None or name in stages]
+    return [line for name in asked for find in told[name] for line in find(pipeline)]
+
+
+def _of_missing_captions(pipeline: Pipeline) -> list[str]:
+    rewrites = pipeline.stages.get("recaption")
+    if not isinstance(rewrites, Recaption) or "caption" not in rewrites.template.columns:
+        return []
+    try:
+        seen = [row.caption for row in islice(read(pipeline.config.source), SEEN)]
+    except SourceError:
+        return []  # is told by whoever takes its rows in
+    if not seen or any(caption and caption.strip() for caption in seen):
+        return []
+    rows = "no row" if len(seen) < SEEN else f"none of the first {SEEN} rows"
+    return [
+        f"{rows} of the source has a caption, and recaption, whose prompt is about {{caption}}, "
+        "rejects those without one: have captions written of what is seen by a section `describe` "
+        "(and rewritten by recaption.preset: rewrite-described), or leave recaption out "
+        "(recaption.enabled: false)"
+    ]
 
 
 def _of_captions(pipeline: Pipeline) -> list[str]:

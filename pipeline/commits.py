@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from manifests.facts import with_facts
 from manifests.log import Counts
 from manifests.redact import redacted
 from manifests.schema import OUTCOME
-from manifests.shards import with_facts
 from manifests.view import UnitView
 from pipeline.settle import AnyStage
 from pipeline.workers.watch import Watch
@@ -55,6 +55,8 @@ class Committer:
         self._began = time.perf_counter()
         self._pool = ThreadPoolExecutor(1)  # its thread starts with the first commit
         self._running: Future[UnitView] | None = None
+        self._under_way = Counts(), dict[str, int]()  # rows of the running commit, and amounts
+        self.lost = Counts()  # rows that were taken, and whose commit failed
 
     def take(self, new: pa.Table, counts: Counts) -> None:
         """Raises StoreError where a commit failed."""
@@ -72,6 +74,7 @@ class Committer:
         spent = Spent(dict(self._seconds), {what: n for what, n in added.items() if n})
         self._told = now
         self._running = self._pool.submit(self._commit, self._done, self._counts, spent)
+        self._under_way = self._counts, spent.amounts
         self._done, self._counts, self._bytes = [], Counts(), 0
         self._began = time.perf_counter()
 
@@ -98,6 +101,8 @@ class Committer:
                 self.begin()
                 self._wait()
         finally:
+            if keep:
+                self.lost += self._counts
             self._pool.shutdown()
 
     def _wait(self) -> None:
@@ -106,7 +111,14 @@ class Committer:
             # A slow store says nothing of the clips in flight: they are not to be blamed for it.
             while not wait([running], SIGN_OF_LIFE).done:
                 alive()
-            self._view = running.result()
+            try:
+                self._view = running.result()
+            except BaseException:
+                counts, amounts = self._under_way
+                self.lost += counts
+                for what, n in amounts.items():  # were spent all the same: the next commit says so
+                    self._told[what] -= n
+                raise
 
     def _commit(self, done: list[pa.Table], counts: Counts, spent: Spent) -> UnitView:
         view = _commit(self._view, self._stage, self._model, done, spent)

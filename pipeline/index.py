@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manifests.facts import file_facts
 from manifests.schema import KEPT, digest
-from manifests.shards import INDEX, LatentSpec, TextSpec, file_facts, write_index
+from manifests.shards import INDEX, LatentSpec, TextSpec, write_index
 from manifests.store import StoreError
 from manifests.view import UnitView
 from pipeline.config import CAPTIONED

@@ -7,6 +7,7 @@ FSDP and DeepSpeed; PyTorch's where there are none, as accelerate starts but one
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shlex
 import signal
@@ -17,11 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+import yaml
+
 from pipeline.config import ConfigError
 from pipeline.resources import cores, gpus_here
 
 TRAINER = "trainer.train"
-PORT = 29500
+DEFAULT_PORT = 29500  # that the first of several nodes listens on
 # What a launcher that is told to stop gives its processes to save: PyTorch's own is 30 s.
 SAVING_SECONDS = 1800
 # PyTorch would leave a folder for the processes' logs in the system's temporary one; these log to
@@ -29,12 +32,14 @@ SAVING_SECONDS = 1800
 NO_LOGS = f"--log_dir={os.devnull}"
 # Before Slurm's time is up.
 NOTICE_SECONDS = 600
-RANK, HEAD = "@RANK@", "@HEAD@"  # in the commands of nodes, until it is known which
+# In the commands of nodes, until they are known.
+RANK, HEAD, PORT = "@RANK@", "@HEAD@", "@PORT@"
+FREE_PORT = "import socket; s = socket.create_server((str(), 0)); print(s.getsockname()[1])"
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The processes of a training run: on each of `nodes`, a GPU each or none. `accelerate` is a
+    """The processes of a training run: on each of `nodes`, a GPU each or none. `accelerate` is the
     file of its configuration."""
 
     processes: int = 1
@@ -42,7 +47,7 @@ class Fleet:
     cpu: bool = True
     accelerate: str | None = None
     head: str = ""  # host of the first node
-    port: int = PORT
+    port: int = DEFAULT_PORT
 
     @property
     def launched(self) -> bool:
@@ -62,18 +67,18 @@ class Fleet:
         return {**own, "ACCELERATE_USE_CPU": "true"} if self.cpu else own
 
     def command(self, *trainer: str) -> list[str]:
-        """Runs a module of the trainer on one node; `RANK` and `HEAD` stand for what is not known
-        yet of it where there are several."""
+        """Runs a module of the trainer on one node; `RANK`, `HEAD` and `PORT` stand for what is
+        not known yet where there are several."""
         if not self.launched:
             return [sys.executable, "-m", *trainer]
         several = self.nodes > 1
         if self.cpu and self.accelerate is None:
             there = [f"--nnodes={self.nodes}", f"--node-rank={RANK}", f"--master-addr={HEAD}"]
-            place = [*there, f"--master-port={self.port}"] if several else ["--standalone"]
+            place = [*there, f"--master-port={PORT}"] if several else ["--standalone"]
             each = f"--nproc-per-node={self.processes}"
             launcher = ["torch.distributed.run", each, NO_LOGS, *place]
         else:
-            place = [f"--main_process_port={self.port if several else 0}"]  # 0: any that is free
+            place = [f"--main_process_port={PORT if several else 0}"]  # 0: any that is free
             if several:
                 place += [f"--machine_rank={RANK}", f"--main_process_ip={HEAD}"]
             kind = (
@@ -105,15 +110,11 @@ def fleet(
     ConfigError."""
     if gpus is not None and processes is not None:
         raise ConfigError("--gpus and --processes both say how many: --processes is for CPUs")
-    if accelerate is not None and not Path(accelerate).is_file():
-        raise ConfigError(
-            f"--accelerate {accelerate}: there is no such file. `accelerate config --config_file "
-            f"{accelerate}` makes one."
-        )
+    accelerate = configuration(accelerate, here)
     host, _, port = (head or "").partition(":")
     if port and not port.isdecimal():
         raise ConfigError(f"--head {head}: HOST or HOST:PORT is expected")
-    made = Fleet(1, nodes, True, accelerate, host, int(port or PORT))
+    made = Fleet(1, nodes, True, accelerate, host, int(port or DEFAULT_PORT))
     if processes is not None:
         return replace(made, processes=processes)
     there = gpus_here() if here else None
@@ -129,32 +130,70 @@ def fleet(
     return replace(made, processes=gpus, cpu=False)
 
 
+def configuration(chosen: str | None, here: bool) -> str | None:
+    """The file of accelerate's configuration that `--accelerate` names. Raises ConfigError where it
+    cannot be used, on this machine (`here`) or at all."""
+    if chosen is None:
+        return None
+    made = {path.stem: path for path in Path(__file__).with_name("accelerate").glob("*.yaml")}
+    path = made.get(chosen, Path(chosen))
+    try:
+        asked = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"--accelerate {chosen}: there is no such file. There are {', '.join(sorted(made))}, "
+            f"and `accelerate config --config_file {chosen}` makes one of your own."
+        ) from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--accelerate {chosen} cannot be read: {error}") from error
+    kind = asked.get("distributed_type") if isinstance(asked, dict) else None
+    if kind is None:
+        raise ConfigError(
+            f"--accelerate {chosen} says no distributed_type: `accelerate config --config_file "
+            f"{chosen}` makes a configuration"
+        )
+    if here and kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"--accelerate {chosen} asks for DeepSpeed, which is not installed: "
+            "pip install 'vidpipe[deepspeed]', or --accelerate fsdp2"
+        )
+    return str(path.resolve())
+
+
 def call(command: Sequence[str], environment: Mapping[str, str] = {}) -> int:
     """Runs it to its end; returns its exit code. Ctrl-C, SIGTERM and SIGHUP are handed to the
     trainer's processes as SIGTERM, whereupon they save; a second one ends all at once."""
-    asked = False
-    # In a session of its own: of a terminal's Ctrl-C the launcher would hear, too, and end.
-    with subprocess.Popen(
-        command, env={**os.environ, **environment}, start_new_session=True
-    ) as process:
+    asked = told = 0
+    process: subprocess.Popen[bytes] | None = None
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal asked
+    def hand_on() -> None:
+        nonlocal told
+        while process is not None and told < asked:
+            told += 1
             # They have sessions of their own: whoever kills the launcher leaves them behind.
-            for pid in (*trainers(process.pid), *([process.pid] if asked else [])):
+            for pid in (*trainers(process.pid), *([process.pid] if told > 1 else [])):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL if asked else signal.SIGTERM)
-            asked = True
+                    os.kill(pid, signal.SIGKILL if told > 1 else signal.SIGTERM)
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # nohup has the trainer outlive its terminal
-        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, stop) for number in heard}
-        try:
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        hand_on()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # nohup has the trainer outlive its terminal
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        # In a session of its own: of a terminal's Ctrl-C the launcher would hear, too, and end.
+        with subprocess.Popen(
+            command, env={**os.environ, **environment}, start_new_session=True
+        ) as process:
+            hand_on()  # what was asked while it was started
             return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def trainers(pid: int) -> list[int]:
@@ -184,8 +223,11 @@ def by_hand(fleet: Fleet, *trainer: str) -> str:
     for rank in range(fleet.nodes):
         if fleet.nodes > 1:
             lines.append(f"# node {rank}")
-        line = _shell(fleet, *trainer)
-        lines.append(line.replace(RANK, str(rank)).replace(HEAD, shlex.quote(fleet.head)))
+        line = _shell(fleet, *trainer).replace(RANK, str(rank)).replace(PORT, str(fleet.port))
+        line = line.replace(HEAD, shlex.quote(fleet.head))
+        if fleet.nodes > 1 and rank == 0:
+            line = f"{shlex.quote(sys.executable)} -m pipeline.port {fleet.port} && {line}"
+        lines.append(line)
     return "\n".join(lines) + "\n"
 
 
@@ -207,7 +249,12 @@ def slurm_script(fleet: Fleet, folder: Path, directives: Sequence[str], *trainer
         f"--signal=B:USR1@{NOTICE_SECONDS}",
         *directives,
     ]
-    node = _shell(fleet, *trainer).replace(RANK, '"$SLURM_PROCID"').replace(HEAD, '"$HEAD"')
+    quiet = "trap '' TERM; export PET_SIGNALS_TO_HANDLE=SIGINT; " * fleet.launched
+    node = _shell(fleet, *trainer).replace(RANK, '"$SLURM_PROCID"')
+    node = node.replace(HEAD, '"$HEAD"').replace(PORT, '"$PORT"')
+    port = (
+        f"export PORT=$({shlex.join([sys.executable, '-c', FREE_PORT])})  # this is the first node"
+    )
     return "\n".join(
         [
             "#!/bin/bash",
@@ -215,6 +262,7 @@ def slurm_script(fleet: Fleet, folder: Path, directives: Sequence[str], *trainer
             "",
             f"cd {shlex.quote(str(Path.cwd()))}",
             'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            *([port] if fleet.nodes > 1 else []),
             "# srun does not take over by itself what --sbatch=--cpus-per-task=N gives the job.",
             'if [ -n "$SLURM_CPUS_PER_TASK" ]; then',
             '    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',
@@ -224,7 +272,8 @@ def slurm_script(fleet: Fleet, folder: Path, directives: Sequence[str], *trainer
             "again=",
             "trap 'again=1; scancel --signal=TERM \"$SLURM_JOB_ID\"' USR1",
             "trap 'scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
-            f"srun bash -c {shlex.quote(f'exec env {node}')} &",
+            "# The launcher would hear the SIGTERM, too, and count it a failure.",
+            f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(f'{quiet}exec env {node}')} &",
             "step=$!",
             'while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done',
             'if [ -n "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; exit 0; fi',

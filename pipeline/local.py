@@ -10,6 +10,7 @@ from manifests.store import StoreUnusable
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan
 from pipeline.report import Reporter
+from pipeline.resources import spread
 from pipeline.unit import Receipt, Retry
 from pipeline.workers import stop
 from pipeline.workers.process import Job
@@ -39,13 +40,18 @@ def run(
                 Job(pipeline.store, pipeline.dag, pipeline.stages[name], retry) for name in chain
             ]
             wanted = [set(plan.stages[name].units) for name in chain]
+            checks = [
+                spread(pipeline.stages[name].checks, plan.stages[name].units) for name in chain
+            ]
             # In a chain a stage may need what the one before has committed.
             most = AHEAD if len(chain) == 1 else 1
             for unit in plan.units:
-                for job in (job for job, units in zip(jobs, wanted) if unit in units):
+                for job, units, own in zip(jobs, wanted, checks):
+                    if unit not in units:
+                        continue
                     if stop.asked():
                         break
-                    line.append(worker.submit(job, unit, driver))
+                    line.append(worker.submit(job, unit, driver, checks=own[unit]))
                     if len(line) == most:
                         told(line.popleft().result())
             while line:

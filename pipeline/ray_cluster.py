@@ -72,9 +72,10 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
             try:
                 with _environment(own), _muted_stderr():
                     context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-            except Exception as error:  # just that is raised where a node is slow to start
+            except Exception as error:  # bare ones where parts of Ray come too late
                 where = run.address or "this machine"
-                raise RunError(f"Ray can't be started on {where}: {error}") from error
+                remedy = "" if run.address else "; try again, or without it: --runner local"
+                raise RunError(f"Ray can't be started on {where}: {error}{remedy}") from error
             stop.renew()  # Ray takes SIGTERM for itself
             if context.dashboard_url:
                 report.note(f"Ray dashboard: http://{context.dashboard_url}")

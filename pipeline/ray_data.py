@@ -1,6 +1,6 @@
 """The `ray` runner: units as rows of a Ray Dataset, one `map_batches` per stage.
 
-What travels between operators is the unit's name and nothing else:
+What travels between operators are names of units and nothing else:
 workers read and commit through the store, so there is nothing large to move, spill or rebuild. The
 worker of a stage bears the stage's name, and so does its operator on the dashboard.
 """
@@ -37,6 +37,7 @@ from pipeline.resources import (
     cut,
     passes,
     share,
+    spread,
 )
 from pipeline.tally import Tally, outcomes
 from pipeline.unit import Receipt, Retry
@@ -50,6 +51,9 @@ WAVE_UNITS = 20_000
 TASK_RETRIES, WORKER_RESTARTS = 2, 3
 # Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
 STOP_SECONDS = 6.0
+
+Errand = tuple[tuple[str, ...], int, int]  # units, and which part of each, of how many
+Looks = Mapping[tuple[str, int], int]  # rows to look at again, by unit and number of the part
 
 
 def run(
@@ -82,18 +86,34 @@ def run(
                     report.note(_spread(number, part, workers))
                 wanted = {unit for name in part.stages for unit in plan.stages[name].units}
                 pieces = cut([workers[name] for name in part.stages], len(wanted), plan.unit_rows)
-                work = [
-                    (unit, number, pieces)
-                    for unit in plan.units
-                    if unit in wanted
-                    for number in range(pieces)
-                ]
-                for start in range(0, len(work), WAVE_UNITS):
+                units = [unit for unit in plan.units if unit in wanted]
+                checks = {
+                    name: spread(
+                        pipeline.stages[name].checks,
+                        [(unit, n) for unit in plan.stages[name].units for n in range(pieces)],
+                    )
+                    for name in part.stages
+                }
+                once = pieces > 1 and any(workers[name].once for name in part.stages)
+                for wave in waves(units, pieces, once):
                     if stop.asked():
                         return faults
-                    wave = work[start : start + WAVE_UNITS]
-                    faults += _run_wave(pipeline, part, workers, wave, retry, tally)
+                    faults += _run_wave(pipeline, part, workers, wave, retry, tally, checks)
         return faults
+
+
+def waves(units: Sequence[str], parts: int, once: bool) -> Iterator[list[Errand]]:
+    """What workers get, one errand after the other: a part of one unit, or, with `once`, that part
+    of all units, so that one worker has all rows that fall into it."""
+    size = max(1, WAVE_UNITS // parts)
+    for start in range(0, len(units), size):
+        wave = units[start : start + size]
+        if not once:
+            yield [((unit,), number, parts) for unit in wave for number in range(parts)]
+            continue
+        # Each begins with another unit: parts of one are not committed all at the same moment.
+        begins = [number * len(wave) // parts for number in range(parts)]
+        yield [((*wave[n:], *wave[:n]), number, parts) for number, n in enumerate(begins)]
 
 
 def _spread(number: int, part: Pass, workers: Mapping[str, Workers]) -> str:
@@ -109,13 +129,14 @@ def _run_wave(
     pipeline: Pipeline,
     part: Pass,
     workers: Mapping[str, Workers],
-    work: Sequence[tuple[str, int, int]],
+    work: Sequence[Errand],
     retry: Retry,
     tally: Any,
+    checks: Mapping[str, Looks],
 ) -> list[Receipt]:
     items = [
-        {"unit": unit, "part": number, "parts": parts, "faults": "[]"}
-        for unit, number, parts in work
+        {"units": json.dumps(units), "part": number, "parts": parts, "faults": "[]"}
+        for units, number, parts in work
     ]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     for name in part.stages:
@@ -129,7 +150,7 @@ def _run_wave(
         )
         dataset = _map_batches(
             dataset,
-            kind(job, pipeline.config.run.isolate, tally),
+            kind(job, pipeline.config.run.isolate, tally, checks[name]),
             batch_size=None,
             compute=_pool(share_) if share_.actor else TaskPoolStrategy(size=share_.count),
             num_cpus=share_.cpus,
@@ -175,11 +196,11 @@ def _map_batches(dataset: ray.data.Dataset, worker: Any, **options: Any) -> ray.
         return dataset.map_batches(worker, **options)
 
 
-_ITEM = ("unit", "part", "parts", "faults")
+_ITEM = ("units", "part", "parts", "faults")
 
 
-def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, Any]]:
-    """What a worker does with one row of the dataset: a unit, or part of one."""
+def _step(job: Job, tally: Any, checks: Looks) -> Callable[[dict[str, Any], Runs], dict[str, Any]]:
+    """What a worker does with one row of the dataset: an errand."""
 
     def step(batch: dict[str, Any], worker: Runs) -> dict[str, Any]:
         rows = Counter("vidpipe_rows", "rows settled", tag_keys=("stage", "outcome"))
@@ -193,16 +214,22 @@ def _step(job: Job, tally: Any) -> Callable[[dict[str, Any], Runs], dict[str, An
 
         driver = Driver(on_rows, tally.note.remote, _Stopping(tally))
         faults = []
-        for unit, *part, before in zip(*(batch[name] for name in _ITEM)):
+        for units, *part, before in zip(*(batch[name] for name in _ITEM)):
+            number, parts = map(int, part)
             own = []
-            if not ray.get(tally.begin.remote()):
-                number, parts = map(int, part)
-                receipt = worker.run(job, str(unit), driver, (number, parts))
+            for unit in json.loads(str(units)):
+                if ray.get(tally.begin.remote()):
+                    break
+                receipt = worker.run(
+                    job, unit, driver, (number, parts), checks.get((unit, number), 0)
+                )
                 tally.unit.remote(receipt, parts)
                 for what, n in receipt.amounts.items():
                     if n > 0:  # Ray refuses to add nothing
                         made.inc(n, {"stage": receipt.stage, "what": what})
-                own = [asdict(receipt)] if receipt.error else []
+                own += [asdict(receipt)] if receipt.error else []
+                if receipt.halts:
+                    break
             faults.append(json.dumps(json.loads(str(before)) + own))
         return {**batch, "faults": faults}
 
@@ -225,8 +252,10 @@ class _Stopping:
         return self._stopping
 
 
-def _task(job: Job, isolate: bool, tally: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    step = _step(job, tally)
+def _task(
+    job: Job, isolate: bool, tally: Any, checks: Looks
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    step = _step(job, tally, checks)
 
     def task(batch: dict[str, Any]) -> dict[str, Any]:
         return step(batch, own_worker(isolate))
@@ -235,8 +264,8 @@ def _task(job: Job, isolate: bool, tally: Any) -> Callable[[dict[str, Any]], dic
     return task
 
 
-def _actor(job: Job, isolate: bool, tally: Any) -> type[Any]:
-    step = _step(job, tally)
+def _actor(job: Job, isolate: bool, tally: Any, checks: Looks) -> type[Any]:
+    step = _step(job, tally, checks)
 
     class Actor:
         def __init__(self) -> None:

@@ -7,24 +7,29 @@ never come.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.config import ConfigError, RunSettings
 from stages.base import Stage
 
 AnyStage = Stage[Any, Any]
+T = TypeVar("T")
 GIB = 1 << 30
 # Where models are at work units travel in parts of so many rows, at least and at most: few enough
 # to keep all workers at work, and many, as a part's beginning and end leave its model waiting.
 PART_ROWS = (16, 2048)
 # Units or parts that each worker gets at least, where there are enough: the last ones end together.
 ROUNDS = 4
+# Rows of a unit that are committed together, at least, where equal rows go to one worker.
+ONCE_ROWS = 256
 # Of all cores, for the workers that have a GPU.
 CPU_SHARE = 0.75
 
@@ -46,6 +51,7 @@ class Workers:
     gpus: float
     memory: int
     actor: bool  # keeps a model loaded between units, and so holds its resources
+    once: bool = False  # each gets the rows of some keys, of all units
 
     @property
     def held(self) -> tuple[float, float]:
@@ -76,17 +82,28 @@ def share(stage: AnyStage, offer: Offer, units: int) -> Workers:
             f"{stage.name}: {asked.workers} workers of {per_worker:g} {kind} don't fit in "
             f"{there:g} {kind}: lower {stage.name}.workers or {stage.name}.{kind}"
         )
-    return Workers(count, cpus, gpus, asked.memory, stage.loads_model)
+    return Workers(count, cpus, gpus, asked.memory, stage.loads_model, stage.once)
 
 
 def cut(workers: Sequence[Workers], units: int, rows: int) -> int:
     """Into how many parts `units` of up to `rows` rows are cut: where no model is at work only so
     that no worker is without one, as reading and committing have their price."""
     least, most = PART_ROWS
+    if any(each.once for each in workers):
+        count = max(each.count for each in workers)
+        return 1 if count == 1 else max(2 * count, min(ROUNDS * count, rows // ONCE_ROWS))
     if any(each.actor for each in workers):
         each_gets = rows * units // (ROUNDS * max(w.count for w in workers if w.actor))
         return -(-rows // min(most, max(least, each_gets)))
     return min(-(-rows // least), -(-ROUNDS * max(each.count for each in workers) // units))
+
+
+def spread(number: int, pieces: Sequence[T]) -> Counter[T]:
+    """Of which pieces of a run's work so many rows are to be looked at again: one of the first, so
+    that a fault is seen early, and the others of any."""
+    if not number or not pieces:
+        return Counter()
+    return Counter([pieces[0], *random.choices(pieces, k=number - 1)])
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,8 @@ def passes(
     """Cuts the stages, in order, into passes.
 
     `auto` chains as long as all workers that hold a model fit side by side, with a CPU left for
-    the stages that hold none: so models of two GPU stages never share a GPU. Raises ConfigError
+    the stages that hold none: so models of two GPU stages never share a GPU. A stage whose equal
+    rows go to one worker stands alone: what is chained goes where its unit goes. Raises ConfigError
     where `pipelined` asks for what does not fit: Ray would wait for ever.
     """
     if mode == "staged":
@@ -111,6 +129,10 @@ def passes(
     done: list[Pass] = []
     chain: list[str] = []
     for name in stages:
+        if chain and (workers[name].once or workers[chain[-1]].once):
+            once = name if workers[name].once else chain[-1]
+            done.append(Pass(tuple(chain), f"equal rows of {once} go to one worker, of all units"))
+            chain = []
         over = _over([workers[n] for n in (*chain, name)], offer)
         if over and mode == "pipelined":
             raise ConfigError(

@@ -73,9 +73,8 @@ def prepare(
     if not todo.empty:
         # What has nothing to do was checked when it was done: the second run is over at once.
         pipeline.bind(stages)
-        if "encode" in stages:
-            for line in advice(pipeline):
-                report.note(f"note: {line}")
+        for line in advice(pipeline, stages):
+            report.note(f"note: {line}")
     return done, stages, todo
 
 

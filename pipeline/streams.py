@@ -212,7 +212,7 @@ class Streams:
             receipt.trace = None if halting else redact("".join(traceback.format_exception(error)))
 
     def _receipt(self, piece: Piece) -> Receipt:
-        return Receipt(self._stage.name, piece.unit)
+        return Receipt(self._stage.name, piece.unit, unchecked=piece.checks)
 
     def _stopping(self) -> bool:
         return any(unit.piece.watch.stopping() for unit in self._open)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,13 +60,29 @@ def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = N
     if not pipeline.store.find(index.INDEX_NAME):
         raise ConfigError(_nothing_ready(pipeline))
     chosen = settings(pipeline, steps, output)
+    _sampled(pipeline, chosen)
     folder = Path(chosen["output"])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     file.write_text(json.dumps(redacted(chosen), indent=1))
     clips = Index.open(chosen["index"]).table.num_rows
     print(shown(f"training on {clips} clips, output in {folder}"), file=sys.stderr)
+    if waiting := _pending(pipeline, status(pipeline)):
+        told = f"note: not trained on are rows that wait: {waiting}. `vidpipe run` brings them in"
+        print(told, file=sys.stderr)
     return file
+
+
+def _sampled(pipeline: Pipeline, chosen: dict[str, Any]) -> None:
+    """Names what samples while training need: the VAE, and the text encoder of stored embeddings.
+    They are fetched first if they have to be."""
+    match chosen.get("samples"):
+        case {"prompts": prompts, **others} if prompts:
+            needed = {"vae": cast(Encode, pipeline.stages["encode"]).folder()}
+            if "embed" in pipeline.stages:
+                encoder, tokenizer = cast(Embed, pipeline.stages["embed"]).folders()
+                needed |= {"text_encoder": encoder, "tokenizer": tokenizer}
+            chosen["samples"] = {**needed, "prompts": prompts, **others}
 
 
 def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | None = None) -> int:
@@ -80,11 +97,19 @@ def sample(pipeline: Pipeline, prompts: list[str], out: str, checkpoint: str | N
     return call(Fleet().command(*words))
 
 
+def _pending(pipeline: Pipeline, totals: Mapping[str, Counts]) -> str:
+    """What waits at the stages that clips have to pass to be trained on."""
+    waiting = {n: totals[n].pending for n in pipeline.upstream(index.needed(pipeline))}
+    return ", ".join(f"{n} at {name}" for name, n in waiting.items() if n)
+
+
 def _nothing_ready(pipeline: Pipeline) -> str:
     totals = status(pipeline)
+    needed = index.needed(pipeline)
     lines = [
         f"{name}: {describe(totals[name])}, {totals[name].pending} pending"
-        for name in index.needed(pipeline)
+        for name in pipeline.upstream(needed)
+        if name in needed or totals[name].pending
     ]
     advice = "`vidpipe run` first; `vidpipe status` tells why clips were lost"
     if totals["encode"].kept and "empty_caption" in totals.get("recaption", Counts()).rejected:

@@ -67,6 +67,7 @@ class Receipt:
     amounts: dict[str, int] = field(default_factory=dict)  # what the stage counted: tokens
     error: str | None = None  # one line, where the stage raised
     trace: str | None = None
+    unchecked: int = 0  # rows to look at again, where none was pending
     halts: bool = False  # nothing can be written: other units would fare no better
 
     def spend(self, phase: str, seconds: float) -> None:
@@ -79,12 +80,14 @@ class Receipt:
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A unit that is to be settled, or a `part` of one, which other workers settle beside this; who
-    watches over it, and who hears what becomes of its rows."""
+    watches over it, and who hears what becomes of its rows; how many of these the stage is to look
+    at again."""
 
     unit: str
     part: Part = WHOLE
     watch: Watch = UNWATCHED
     on_rows: OnRows = _unheard
+    checks: int = 0
 
 
 class OpenUnit:
@@ -116,7 +119,7 @@ class OpenUnit:
         if _is_done(view, stage.name, retry):
             return
         settled = view.settled(stage.name)
-        pending = _pending(view, stage.name, retry, piece.part)
+        pending = _pending(view, stage, retry, piece.part)
         columns = [*dict.fromkeys((*stage.reads, *stage.carries))]
         self._rows = view.inputs(stage.name, pending, columns)
         self._book = pa.table(
@@ -127,7 +130,10 @@ class OpenUnit:
             }
         )
         clock.lap(receipt, "read")
-        self.model = model() if self._rows.num_rows else None
+        if self._rows.num_rows:
+            self.model = model()
+            stage.check_rows(receipt.unchecked, self._rows.num_rows, self.model)
+            receipt.unchecked = 0
         clock.lap(receipt, "setup")
         self._commits = Committer(
             *(view, stage, self.model, piece.watch, receipt.seconds, receipt.amounts)
@@ -195,9 +201,16 @@ class OpenUnit:
         return self._commits is None or self._commits.through()
 
     def close(self, keep: bool = True) -> None:
-        """Commits what is settled, if it is to be kept. Raises StoreError where a commit failed."""
-        if self._commits is not None:
+        """Commits what is settled, if it is to be kept. Raises StoreError where a commit failed.
+        Rows of one that did are pending again, and are taken back from the counts."""
+        if self._commits is None:
+            return
+        try:
             self._commits.close(keep)
+        finally:
+            if (lost := -self._commits.lost).total:
+                self.receipt.counts += lost
+                self.piece.on_rows(self._stage.name, lost)
             self._clock.lap(self.receipt, "commit")
 
 
@@ -208,9 +221,9 @@ def _is_done(view: UnitView, name: str, retry: Retry) -> bool:
     return not any(retry.wants(FAILED, reason) for reason in commit.counts.failed)
 
 
-def _pending(view: UnitView, name: str, retry: Retry, part: Part) -> pa.Array:
+def _pending(view: UnitView, stage: AnyStage, retry: Retry, part: Part) -> pa.Array:
     """The rows of the view that are to be settled."""
-    settled, rows = view.settled(name), view.reached(name)
+    settled, rows = view.settled(stage.name), view.reached(stage.name)
     outcome = settled.outcome.take(rows)
     wanted = pc.equal(outcome, PENDING)
     if retry.failed:
@@ -218,8 +231,10 @@ def _pending(view: UnitView, name: str, retry: Retry, part: Part) -> pa.Array:
         wanted = pc.or_(wanted, pa.array([retry.wants(*each) for each in known], pa.bool_()))
     number, parts = part
     if parts > 1:
-        # By the source's clip: the same for every worker and at every stage, split or not.
-        own = [int(clip[:8], 16) % parts == number for clip in view.source_ids(rows).to_pylist()]
+        # By the source's clip: the same for every worker and at every stage, split or not. Or by
+        # what the stage reads, where equal rows go together.
+        by = settled.key.take(rows) if stage.once else view.source_ids(rows)
+        own = [int(each[:8], 16) % parts == number for each in by.to_pylist()]
         wanted = pc.and_(wanted, pa.array(own, pa.bool_()))
     return rows.filter(wanted)
 

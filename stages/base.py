@@ -214,6 +214,8 @@ class Stage(ABC, Generic[S, Model]):
     adds: pa.Schema = pa.schema([])
     after: Sequence[str] = ()
     splits: bool = False  # may answer a row with a list of rows
+    # Rows of equal row keys share what is made of them: they go to one worker, of all units.
+    once: ClassVar[bool] = False
     on_request: ClassVar[bool] = False  # in the DAG only where vidpipe.yaml has a section for it
     default_batch: ClassVar[int] = 16
     default_resources: ClassVar[Resources] = Resources()
@@ -285,6 +287,14 @@ class Stage(ABC, Generic[S, Model]):
         `made` may hold it for all: the same rows, and those that somebody else has committed
         meanwhile."""
         return rows
+
+    @property
+    def checks(self) -> int:
+        """How many rows of a run it is to look at again, to see that they are right."""
+        return 0
+
+    def check_rows(self, number: int, rows: int, model: Model) -> None:
+        """Told before rows come: so many of the next `rows` are to be looked at again."""
 
     def cost(self, amounts: Mapping[str, float]) -> float | None:
         """What these amounts, as it counts them, cost in money; None where nobody says a price."""

@@ -2,7 +2,8 @@
 
 A row holds the key of its embedding: a hash of the caption and of all that made it. The embedding
 itself stands once in a data file, in the row that `embedding_row` names, however many captions of
-the file are equal; so every file can be read, verified and made anew by itself.
+the file are equal; so every file can be read, verified and made anew by itself. What is committed
+in one file is copied into others that need it (`stages.texts`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import Field
 from manifests.joins import array
 from manifests.schema import did_you_mean
 from manifests.shards import EMBEDDINGS, TextSpec
+from manifests.stored import StoredEmbeddings
 from stages.base import (
     Failed,
     Named,
@@ -32,8 +34,9 @@ from stages.base import (
 from stages.devices import check_device
 from stages.models import check, folder_sha256, model_identity, root
 from stages.text_encoders import Text, TextEncoder, key_of, kind_of
+from stages.texts import Texts
 
-# Embeddings that a worker keeps for captions that come again.
+# Bytes of embeddings that a worker keeps for captions that come again.
 REMEMBERED = 512 << 20
 # Rows given to process: enough to put captions of a length together, few enough for the memory.
 ROWS, ROWS_BYTES = 256, 256 << 20
@@ -69,7 +72,7 @@ class EmbedSettings(StageSettings):
     device: Speed[str] = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
-class Embed(Stage[EmbedSettings, TextEncoder]):
+class Embed(Stage[EmbedSettings, Texts]):
     """Text embeddings (`manifests.shards.EMBEDDINGS`), ahead of training."""
 
     name = "embed"
@@ -77,6 +80,7 @@ class Embed(Stage[EmbedSettings, TextEncoder]):
     adds = EMBEDDINGS
     after = ("filter",)
     on_request = True
+    once = True
     default_time_limit = 900.0
     default_resources = Resources(cpus=1)
 
@@ -155,34 +159,38 @@ class Embed(Stage[EmbedSettings, TextEncoder]):
     def check_here(self) -> None:
         check_device(self.settings.device)
 
-    def setup(self) -> TextEncoder:
+    def setup(self) -> Texts:
         s = self.settings
-        return TextEncoder(
-            *self.folders(), s.dtype, s.device, s.max_length, s.padding, self._batch, REMEMBERED
+        encoder = TextEncoder(
+            *self.folders(), s.dtype, s.device, s.max_length, s.padding, self._batch
         )
+        stored = StoredEmbeddings(self.context.workdir, self.name, self.fingerprint)
+        named = self.encoder()
+        return Texts(encoder, lambda caption: key_of(caption, named), stored, REMEMBERED)
 
-    def metadata(self, model: TextEncoder) -> dict[str, Any]:
-        s = self.settings
+    def metadata(self, model: Texts) -> dict[str, Any]:
+        s, kind = self.settings, model.encoder.kind
         spec = TextSpec(
             encoder=s.encoder,
-            encoder_class=model.kind.class_name,
+            encoder_class=kind.class_name,
             encoder_sha256=folder_sha256(Path(self.folders()[0])),
             fingerprint=self.fingerprint,
             column=self.column,
             max_length=s.max_length,
             padding=s.padding,
             dtype=s.dtype,
-            width=model.kind.width,
-            empty_tokens=model.empty_tokens,
+            width=kind.width,
+            empty_tokens=model.encoder.empty_tokens,
         )
         return {"spec": spec.to_json()}
 
-    def process(self, rows: list[Row], model: TextEncoder) -> list[Outcome]:
+    def process(self, rows: list[Row], model: Texts) -> list[Outcome]:
         # Where there is no caption a model is trained without one: on the empty caption's.
         captions = [row[self.column] or "" for row in rows]
-        empty, *texts = model.encode(["", *captions])
+        empty = model.empty()
         if isinstance(empty, Failed):  # a file without the empty caption's is of no use
             return [empty] * len(rows)
+        texts = model.encode(captions)
         encoder = self.encoder()
         bearers: set[str] = set()
         outcomes: list[Outcome] = []
@@ -194,7 +202,7 @@ class Embed(Stage[EmbedSettings, TextEncoder]):
             if caption not in bearers:
                 made |= {"embedding": text.values, "embedding_pooled": text.pooled}
             if not bearers:
-                made["embedding_empty"] = empty.values
+                made["embedding_empty"] = empty
             bearers.add(caption)
             outcomes.append(made)
         return outcomes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
 
 Decoded = Clip | Rejected | Failed
-LOOK = 0.25  # of a worker's clips after the first, until enough are looked at
+BESIDE = "See it beside its source: `vidpipe decode"
 
 
 def _auto(value: Any) -> Any:
@@ -101,7 +100,7 @@ class EncodeSettings(DecodingSettings):
     check_clips: Speed[int] = Field(
         2,
         ge=0,
-        description="random clips that each worker decodes again, to see that they are right",
+        description="random clips of a run that are decoded again, to see that they are right",
     )
     ahead: Speed[int] = Field(
         1 << 30, ge=1, description="bytes of decoded frames that may wait for the VAE"
@@ -167,6 +166,13 @@ class Encode(RowStage[EncodeSettings, Vae]):
         options = Options(s.pictures, s.channels_last, s.compile, s.slicing, s.tiling)
         return Vae(self.folder(), s.dtype, s.device, options)
 
+    @property
+    def checks(self) -> int:
+        return self.settings.check_clips
+
+    def check_rows(self, number: int, rows: int, model: Vae) -> None:
+        model.checks.ask(number, rows)
+
     def metadata(self, model: Vae) -> dict[str, Any]:
         spec = LatentSpec(
             vae=self.settings.vae,
@@ -215,6 +221,7 @@ class Encode(RowStage[EncodeSettings, Vae]):
                     answer.ended = True
                 else:
                     answer.verdict = clip
+                    model.checks.passed()
                 yield from self._whole(answers)
         for batch in gathered.rest():
             flight.launch(batch)
@@ -322,11 +329,10 @@ class Flight:
                 self._look_at(clip, waiting.clip.frames, latents[0])
 
     def _look_at(self, clip: str, frames: Pixels, latents: torch.Tensor) -> None:
-        """Decodes a few of a worker's clips again, and tells how like their source they are."""
-        model, seen = self._model, self._model.looked_at
-        if seen >= self._settings.check_clips or (seen and random.random() > LOOK):
+        """Decodes a few of a run's clips again, and tells how like their source they are."""
+        model = self._model
+        if not model.checks.due():
             return
-        model.looked_at += 1
         spec = LatentSpec.from_json(self._stage.metadata(model)["spec"])
         again = decoded_again(model, latents, spec)
         if isinstance(again, Failed):
@@ -337,7 +343,7 @@ class Flight:
         if like.fault:
             tell(
                 f"warning: latents of clip {clip} do not look like it: {like.psnr:.1f} dB, and "
-                f"{like.fault}. See it beside its source: `vidpipe decode {clip}`"
+                f"{like.fault}. {BESIDE} {clip}`"
             )
 
 

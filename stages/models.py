@@ -7,12 +7,12 @@ local folder, or the id of a repository on the Hugging Face hub.
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from manifests import weights
 from stages.base import StageError
 from stages.remember import remembered
 
@@ -20,8 +20,6 @@ DEMO = "demo://"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What decides a model's results: its configuration, weights, vocabulary and chat template.
-_PARTS = {".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".jinja"}
 # Copies of the same weights for other frameworks, of no use here.
 _FOREIGN = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "*.ot", "onnx/*", "original/*"]
 
@@ -102,13 +100,12 @@ def model_label(spec: str, revision: str | None, folder: str) -> str:
 
 def folder_sha256(folder: Path) -> str:
     """The sha256 over the names and contents of a model folder's files."""
-    total = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _PARTS and file.is_file():
-            stat = file.stat()
-            content = _file_sha256(str(file), stat.st_size, stat.st_mtime_ns)
-            total.update(f"{file.name}\0{content}\n".encode())
-    return total.hexdigest()
+    return weights.folder_sha256(folder, _remembered_sha256)
+
+
+def _remembered_sha256(file: Path) -> str:
+    stat = file.stat()
+    return _file_sha256(str(file), stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
@@ -117,12 +114,8 @@ def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
     target = Path(path).resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
-
-    def find() -> str:
-        with target.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return str(remembered(["sha256", str(target), size, mtime_ns], find))
+    key = ["sha256", str(target), size, mtime_ns]
+    return str(remembered(key, lambda: weights.file_sha256(target)))
 
 
 def _local(spec: str) -> Path | None:

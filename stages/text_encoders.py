@@ -7,7 +7,6 @@ says the folder's config.json.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +92,7 @@ class TextEncoder:
     `padding`: "none" gives the encoder a mask, so that an embedding depends on its caption alone,
     and keeps the caption's own tokens; "max_length" pads with the tokenizer's padding token and
     gives no mask, so that all rows are embeddings, as pipelines do whose models were trained so.
-    At most `batch` captions go through at once. Embeddings up to `remember` bytes are kept for
-    captions that come again.
+    At most `batch` captions go through at once.
     """
 
     def __init__(
@@ -106,7 +104,6 @@ class TextEncoder:
         max_length: int = 512,
         padding: Padding = "none",
         batch: int = 16,
-        remember: int = 0,
     ) -> None:
         """Loads both folders. Raises StageError."""
         import torch
@@ -144,7 +141,6 @@ class TextEncoder:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._max_length, self._padding, self._batch = max_length, padding, batch
         self._halving = Halving()
-        self._kept = _Recent(remember)
         self.encoded = 0  # captions that went through the encoder
         # Told to whoever commits, in another thread: a tokenizer keeps its settings between calls
         # (whether to cut), so no two threads may use it.
@@ -154,12 +150,7 @@ class TextEncoder:
         """One embedding per caption, in order; each distinct one is encoded once. Failed for a
         caption that the device's memory does not hold, alone, and for one whose embedding is not
         finite."""
-        distinct = list(dict.fromkeys(captions))
-        found: dict[str, Text | Failed] = {c: t for c in distinct if (t := self._kept.get(c))}
-        for caption, text in self._encode([c for c in distinct if c not in found]):
-            found[caption] = text
-            if isinstance(text, Text):
-                self._kept.put(caption, text)
+        found = dict(self._encode(list(dict.fromkeys(captions))))
         return [found[caption] for caption in captions]
 
     def _encode(self, captions: Sequence[str]) -> Iterator[tuple[str, Text | Failed]]:
@@ -221,25 +212,6 @@ class TextEncoder:
             )
             for i, own in enumerate(tokens)
         ]
-
-
-class _Recent:
-    """The embeddings used last, up to so many bytes."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._bytes = most, 0
-        self._kept: OrderedDict[str, Text] = OrderedDict()
-
-    def get(self, caption: str) -> Text | None:
-        if caption in self._kept:
-            self._kept.move_to_end(caption)
-        return self._kept.get(caption)
-
-    def put(self, caption: str, text: Text) -> None:
-        self._kept[caption] = text
-        self._bytes += len(text.values)
-        while self._bytes > self._most and self._kept:
-            self._bytes -= len(self._kept.popitem(last=False)[1].values)
 
 
 def key_of(caption: str, encoder: dict[str, Any]) -> str:

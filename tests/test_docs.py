@@ -19,6 +19,7 @@ from trainer.config import (
     Expect,
     FamilySettings,
     LoraSettings,
+    SamplesSettings,
     TextSettings,
     TrainSettings,
     ValidationSettings,
@@ -39,7 +40,7 @@ def test_the_page_of_settings_is_the_code() -> None:
     "model",
     [
         *(TrainSettings, DiTSettings, FamilySettings, LoraSettings, TextSettings, Expect),
-        ValidationSettings,
+        *(ValidationSettings, SamplesSettings),
     ],
 )
 def test_every_training_setting_is_explained(model: type[BaseModel]) -> None:

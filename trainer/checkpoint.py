@@ -1,10 +1,11 @@
 """Checkpoints: saved whole or not at all, found again by themselves, refused where they do not fit.
 
-`<output>/checkpoint-<step>` holds what accelerate saves (model, optimiser, scaler, generators), the
-model's `config.json`, the average of its weights where one is kept, and `trainer.json`: the step,
-the loader's position, and the size of every file. It is written under another name and renamed when
-it is complete; `last.json` names it after that. The learning rate needs no state, as it follows
-from the step.
+`<output>/checkpoint-<step>` holds what accelerate saves (model, optimiser, scaler, generators; with
+FSDP and DeepSpeed each process writes its part), the model's `config.json`, the average of its
+weights where one is kept, and `trainer.json`: the step, the loader's position, how weights are
+spread, and the size of every file. It is written under another name and renamed when it is
+complete; `last.json` names it after that. The learning rate needs no state, as it follows from the
+step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from trainer import models
+from trainer import models, sharding
 from trainer.config import ModelConfig
 from trainer.ema import Ema
 from trainer.lora import is_adapter
@@ -42,6 +43,8 @@ class Checkpoint:
     step: int  # optimiser steps done
     position: Position
     config: ModelConfig
+    sharding: str  # how its weights are spread, as `sharding.kind` has it
+    processes: int
 
 
 def save(
@@ -63,14 +66,23 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))
+    options = {}
+    if models.adapted(config) and sharding.zero_stage(accelerator) is not None:
+        options["exclude_frozen_parameters"] = True
+    accelerator.save_state(str(part), **options)
+    if ema is not None:
+        ema.save(part)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (part / models.CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        if ema is not None:
-            ema.save(part)
         files = {str(f.relative_to(part)): f.stat().st_size for f in part.rglob("*") if f.is_file()}
-        state = {"step": step, "position": position.to_json(), "files": files}
+        state = {
+            "step": step,
+            "position": position.to_json(),
+            "sharding": sharding.kind(accelerator),
+            "processes": accelerator.num_processes,
+            "files": files,
+        }
         _write(part / STATE, state)
         _remove(folder)  # an incomplete one of the same step
         part.rename(folder)
@@ -106,7 +118,9 @@ def read(folder: Path) -> Checkpoint:
         for name, size in state["files"].items():
             if (found := (folder / name).stat().st_size) != size:
                 raise CheckpointError(f"{folder} is damaged: {name} has {found} of {size} bytes")
-        return Checkpoint(folder, state["step"], Position.from_json(state["position"]), config)
+        position = Position.from_json(state["position"])
+        spread = state["sharding"], state["processes"]
+        return Checkpoint(folder, state["step"], position, config, *spread)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is incomplete: {error.filename} is missing") from error
     except (ValueError, KeyError, TypeError, ValidationError) as error:
@@ -120,10 +134,28 @@ def restore(accelerator: Accelerator, checkpoint: Checkpoint, config: ModelConfi
             f"{checkpoint.folder} holds another model than train describes: {'; '.join(wrong)}. "
             "Set train.output to a new folder, or put the settings back"
         )
-    accelerator.load_state(str(checkpoint.folder), strict=not models.adapted(config))
+    _check_sharding(accelerator, checkpoint)
+    strict = "load_module_strict" if sharding.zero_stage(accelerator) is not None else "strict"
+    accelerator.load_state(str(checkpoint.folder), **{strict: not models.adapted(config)})
     # It counts forward passes since ever; a checkpoint lies between two steps, and the number of
     # passes to a step may have changed.
     accelerator.step = 0
+
+
+def _check_sharding(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where the checkpoint's parts are not those of the processes."""
+    here, there = sharding.kind(accelerator), checkpoint.sharding
+    if here != there:
+        raise CheckpointError(
+            f"{checkpoint.folder} was saved where {there}, but here {here}: start it with the same "
+            "--accelerate as before, or set train.output to a new folder"
+        )
+    now, before = accelerator.num_processes, checkpoint.processes
+    if sharding.zero_stage(accelerator) is not None and now != before:
+        raise CheckpointError(
+            f"{checkpoint.folder} was saved by {before} processes, and DeepSpeed cannot go on with "
+            f"{now}: start as many as before, or set train.output to a new folder"
+        )
 
 
 def export(
@@ -135,7 +167,7 @@ def export(
 ) -> None:
     """Writes the model alone, safetensors and config.json, to `folder` in place of what is there;
     with the average of its weights, where there is one. All processes call it."""
-    state = accelerator.get_state_dict(model)
+    state = accelerator.get_state_dict(model) or {}  # ZeRO-3's is of the first process alone
     if ema is not None:
         state = {**state, **ema.state()}
     if accelerator.is_main_process:

@@ -21,8 +21,10 @@ from trainer.sections import (
     FamilySettings,
     LoraSettings,
     Model,
+    SamplesSettings,
     Section,
     SettingsError,
+    TextSettings,
     ValidationSettings,
 )
 
@@ -32,6 +34,7 @@ __all__ = [
     "FamilySettings",
     "LoraSettings",
     "ModelConfig",
+    "SamplesSettings",
     "SettingsError",
     "TextSettings",
     "TrainSettings",
@@ -39,20 +42,6 @@ __all__ = [
     "load_settings",
     "parse_settings",
 ]
-
-
-class TextSettings(Section):
-    """What the model is told of captions: by an encoder trained with it, or by stored ones."""
-
-    kind: Literal["words", "bytes", "stored"] = Field(
-        "words",
-        description="what a text token is: a hashed word, or a byte (for languages that put no "
-        "spaces between words), both encoded by a small encoder that is trained as well; stored: "
-        "a token of the text embeddings that the stage embed made, with no encoder at all",
-    )
-    length: int = Field(48, ge=2, le=4096, description="tokens of a caption; the rest is cut off")
-    layers: int = Field(2, ge=0, le=48, description="transformer layers over the text tokens")
-    buckets: int = Field(8192, ge=256, le=2**22, description="rows of the table of hashed words")
 
 
 class TrainSettings(Section):
@@ -177,12 +166,22 @@ class TrainSettings(Section):
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     log_every: int = Field(10, ge=1, description="steps between lines on the console")
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",), description="what is told beside the console, and shown samples"
+    )
+    project: str = Field("vidpipe", min_length=1, description="of the trackers")
+    run_name: str | None = Field(
+        None, description="in wandb and trackio; default: the output folder's name and a number"
+    )
 
     model: Model = Field(default_factory=DiTSettings, description="the model")
     text: TextSettings = Field(default_factory=TextSettings, description="the captions")
     expect: Expect = Field(default_factory=Expect, description="checks against the index")
     validation: ValidationSettings = Field(
         default_factory=ValidationSettings, description="clips that are held back"
+    )
+    samples: SamplesSettings = Field(
+        default_factory=SamplesSettings, description="videos of fixed prompts while it trains"
     )
 
     @model_validator(mode="after")
@@ -202,6 +201,12 @@ class TrainSettings(Section):
             raise ValueError(
                 "optimizer is adamw_offload, which does not unscale gradients of fp16: set "
                 "mixed_precision to bf16"
+            )
+        many = self.samples.prompts
+        if isinstance(many, int) and many and not self.validation.share:
+            raise ValueError(
+                f"samples.prompts is {many}, which are captions of clips that are held back, but "
+                "validation.share is 0: set it, or list prompts"
             )
         if self.captions and not any(self.captions.values()):
             raise ValueError(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer import ema, families, lora
+from trainer import ema, families, lora, sharding
 from trainer.config import DiTSettings, FamilySettings, ModelConfig, TextSettings
 from trainer.families import Family
 from trainer.objectives import TIMESTEPS
@@ -143,6 +143,8 @@ class VideoDiT(nn.Module):
     new model's output is 0, as its last layer is.
     """
 
+    _no_split_modules = ("Block",)  # what FSDP gathers at a time; accelerate's name for it
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         model, channels = config.model, config.shape[0]
@@ -258,10 +260,13 @@ def load(folder: Path) -> tuple[VideoDiT | Family, ModelConfig]:
     network is not there."""
     config = ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
     model = build(config)
-    if isinstance(model, Family) and not (folder / WEIGHTS).exists():
+    spread = sharding.holds(folder)
+    if isinstance(model, Family) and not (folder / WEIGHTS).exists() and not spread:
         model.restore(folder)
     else:
-        found = load_file(folder / WEIGHTS)
+        found = (
+            sharding.saved(folder, model.state_dict()) if spread else load_file(folder / WEIGHTS)
+        )
         if (folder / ema.FILE).exists():
             found |= load_file(folder / ema.FILE)
         model.load_state_dict(found, strict=not adapted(config))
@@ -271,7 +276,8 @@ def load(folder: Path) -> tuple[VideoDiT | Family, ModelConfig]:
 def holds(folder: Path) -> bool:
     """Whether `folder` is one that `load` loads."""
     weights = (WEIGHTS, lora.FILE, *{family.part for family in families.FAMILIES.values()})
-    return (folder / CONFIG).is_file() and any((folder / name).exists() for name in weights)
+    found = any((folder / name).exists() for name in weights) or sharding.holds(folder)
+    return found and (folder / CONFIG).is_file()
 
 
 def adapted(config: ModelConfig) -> bool:

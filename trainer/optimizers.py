@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,12 +57,11 @@ def build(
     return made
 
 
-def resumed(optimizer: Any, settings: TrainSettings) -> None:
-    """Puts right what a checkpoint does not: weight decay is as set now, not as saved, and what
-    works on copies of the weights has those of before."""
-    for group in optimizer.param_groups:
-        matrix = group["params"][0].dim() > 1
-        group["weight_decay"] = settings.weight_decay if matrix else 0.0
+def resumed(optimizer: Any, decays: Sequence[float]) -> None:
+    """Puts right what a checkpoint does not: weight decay is as set now (`decays` of the groups),
+    not as saved, and what works on copies of the weights has those of before."""
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
     inner = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
     for weight, copy in getattr(inner, "param_d2h_map", {}).items():
         copy.data.copy_(weight.data)

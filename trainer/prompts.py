@@ -7,10 +7,12 @@ VAE does, from transformers' own classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from manifests.shards import TextSpec
+from manifests.weights import folder_sha256
 from trainer.captions import padded
 from trainer.config import ModelConfig, SettingsError
 from trainer.models import Text, tokenise
@@ -26,11 +28,13 @@ def text_of(
     device: str = "cpu",
     encoder: str | None = None,
     tokenizer: str | None = None,
+    exact: bool = False,
 ) -> Text:
     """What a model of `config` is told of prompts. `encoder` and `tokenizer` are folders, for
     stored embeddings alone; default: as these were made.
 
-    Raises SettingsError where there is no such encoder, or it is another.
+    Raises SettingsError where there is no such encoder, or it is another: one of another width,
+    or, if `exact`, as for samples while training, with other files.
     """
     if config.embeddings is None:
         return tokenise(prompts, config.text).to(device)
@@ -38,8 +42,21 @@ def text_of(
 
     spec = TextSpec.from_json(config.embeddings)
     folder = encoder or spec.encoder
+    one, other = (
+        ("train.samples.text_encoder", "train.samples.tokenizer")
+        if exact
+        else ("--text-encoder", "--tokenizer")
+    )
     if spec.encoder_class not in CLASSES:
         raise SettingsError(f"text encoders of class {spec.encoder_class} are not known here")
+    if exact and Path(folder).is_dir():
+        sha256 = folder_sha256(Path(folder))
+        if sha256 != spec.encoder_sha256:
+            raise SettingsError(
+                f"{folder} holds another text encoder (sha256 {sha256[:12]}) than the embeddings "
+                f"were made with: {spec.encoder} (sha256 {spec.encoder_sha256[:12]}): pass its "
+                f"folder as {one}"
+            )
     cls = getattr(transformers, spec.encoder_class)
     try:
         words = transformers.AutoTokenizer.from_pretrained(
@@ -51,12 +68,12 @@ def text_of(
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(
             f"the text encoder in {folder} can't be loaded: {str(error).splitlines()[0]}; pass the "
-            f"folder of {spec.encoder} as --text-encoder, and its tokenizer's as --tokenizer"
+            f"folder of {spec.encoder} as {one}, and its tokenizer's as {other}"
         ) from error
     if (width := model.config.hidden_size) != spec.width:
         raise SettingsError(
             f"{folder} gives {width} values a token, but the model was trained on {spec.width}, of "
-            f"{spec.encoder}: pass its folder as --text-encoder"
+            f"{spec.encoder}: pass its folder as {one}"
         )
     masked = spec.padding == "none"  # else all tokens are embeddings, padding as well
     made = words(

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,56 +24,76 @@ from trainer import checkpoint, models, objectives
 from trainer.checkpoint import CheckpointError
 from trainer.config import ModelConfig, SettingsError
 from trainer.families import Family
+from trainer.pictures import FORMATS, across, decode, load_vae, tile, write
 from trainer.prompts import text_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PICTURES = 16  # frames decoded at once
-TILE = 192  # pixels: smaller videos are enlarged, so that the prompt above can be read
-SHEET = 8  # frames of a PNG
+AT_ONCE = 4  # videos
 
 # epsilon says nothing about x0 where the signal is below this share: x0 = (x - s eps) / a.
 FAINTEST = 0.05
 
 ABOUT = "Makes videos of prompts with a trained model."
 
-Model = Callable[[Tensor, Tensor, models.Text], Tensor]  # latents, times, text
+Model = Callable[..., Tensor]  # latents, times, text; with a picture: first frames, who is told
 
 
 # ----------------------------------------------------------------------------- latents of prompts
 
 
-@torch.inference_mode()
 def sample(
     model: Model,
     config: ModelConfig,
     prompts: Sequence[str],
     steps: int = 30,
     guidance: float = 3.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     device: str = "cpu",
     encoder: str | None = None,
     tokenizer: str | None = None,
 ) -> Tensor:
-    """Normalised latents of the prompts: (prompts, C, F, H, W) float32. Each prompt's noise
-    depends on the seed alone, so they can be compared. `encoder` and `tokenizer` are those of
-    stored embeddings (`trainer.prompts`)."""
-    kind = config.objective
-    noise = torch.randn(config.shape, generator=torch.Generator().manual_seed(seed))
-    x = torch.stack([noise] * len(prompts)).to(device)
+    """Normalised latents of the prompts: (prompts, C, F, H, W) float32. `encoder` and `tokenizer`
+    are those of stored embeddings (`trainer.prompts`); the rest is as in `denoise`."""
     text = text_of([*prompts, *[""] * len(prompts)], config, device, encoder, tokenizer)
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+    return denoise(model, config, text, seeds, steps, guidance, device)
 
-    times = sampling_times(config, steps).to(device)
-    for time, following in itertools.pairwise(times):
-        both = model(torch.cat([x, x]), time.expand(2 * len(x)), text).float()
+
+@torch.no_grad()
+def denoise(
+    model: Model,
+    config: ModelConfig,
+    text: models.Text,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    device: torch.device | str = "cpu",
+    first: Tensor | None = None,
+    told: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Normalised latents (B, C, F, H, W) float32 of texts: B with a prompt, then B without.
+
+    The noise of each depends on its seed alone, so that prompts can be compared. `first` are first
+    frames (B, C, 1, H, W) to go on from, for families that do; `told` hears of each step.
+    """
+    noise = [torch.randn(config.shape, generator=torch.Generator().manual_seed(n)) for n in seeds]
+    x = torch.stack(noise).to(device)
+    picture: tuple[Tensor, ...] = ()
+    if first is not None:
+        picture = torch.cat([first, first]), torch.ones(2 * len(x), dtype=torch.bool, device=device)
+    for number, (time, following) in enumerate(
+        itertools.pairwise(sampling_times(config, steps).to(device))
+    ):
+        both = model(torch.cat([x, x]), time.expand(2 * len(x)), text, *picture).float()
         with_text, without = both.chunk(2)
         output = without + guidance * (with_text - without)
         a, s = path(config, time.expand(len(x)))
-        x0, eps = objectives.resolve(kind, x, output, a, s)
-        if following == 0:
-            return x0
-        x = objectives.add_noise(x0, eps, *path(config, following.expand(len(x))))
+        x, eps = objectives.resolve(config.objective, x, output, a, s)
+        if following != 0:
+            x = objectives.add_noise(x, eps, *path(config, following.expand(len(x))))
+        told(number + 1)
     return x
 
 
@@ -98,90 +114,6 @@ def sampling_times(config: ModelConfig, steps: int) -> Tensor:
     return torch.linspace((usable - 1) / objectives.TIMESTEPS, 0, steps + 1)
 
 
-# ----------------------------------------------------------------------------- pictures of latents
-
-
-def load_vae(folder: str, latents: dict[str, Any], device: str = "cpu") -> torch.nn.Module:
-    """The VAE that the latents were made with. Raises SettingsError where `folder` has another."""
-    file = Path(folder) / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{folder} is no VAE of diffusers: {error}") from error
-    if found != latents["vae_class"]:
-        raise SettingsError(
-            f"{folder} holds a {found}, but the latents were made with a {latents['vae_class']}, "
-            f"{latents['vae']}: pass its folder as --vae"
-        )
-    import diffusers  # seconds to import
-
-    vae: torch.nn.Module = getattr(diffusers, found).from_pretrained(folder)
-    return vae.to(device).eval()
-
-
-@torch.inference_mode()
-def decode(vae: Any, z: Tensor, latents: dict[str, Any]) -> NDArray[np.uint8]:
-    """Normalised latents (C, F, H, W) to frames (F, height, width, 3)."""
-    shift, scale = (z.new_tensor(latents[k]).view(-1, 1, 1, 1) for k in ("shift", "scale"))
-    z = z / scale + shift
-    if latents["temporal"] == 1:  # a VAE of pictures: it takes frames as a batch of them
-        parts = [vae.decode(part).sample for part in torch.split(z.transpose(0, 1), PICTURES)]
-        frames = torch.cat(parts)
-    else:
-        frames = vae.decode(z[None]).sample[0].transpose(0, 1)
-    values = frames.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return values.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def tile(videos: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> NDArray[np.uint8]:
-    """Videos of one shape side by side, each under its prompt: (F, H, W, 3), H and W even."""
-    frames, _, width, _ = videos[0].shape
-    factor = max(1, -(-TILE // width))
-    font = ImageFont.load_default(12)
-    captions = [textwrap.wrap(prompt, max(8, factor * width // 7)) for prompt in prompts]
-    above = 15 * max(map(len, captions)) + 8
-    tiles = []
-    for video, text in zip(videos, captions):
-        head = Image.new("RGB", (factor * width, above), "white")
-        ImageDraw.Draw(head).text((4, 3), "\n".join(text), "black", font)
-        large = video.repeat(factor, 1).repeat(factor, 2)
-        heads = np.broadcast_to(np.asarray(head), (frames, above, factor * width, 3))
-        tiles.append(np.concatenate([heads, large], 1))
-    joined = np.concatenate(tiles, 2)
-    odd = [(0, 0), (0, joined.shape[1] % 2), (0, joined.shape[2] % 2), (0, 0)]
-    return np.pad(joined, odd, mode="edge")  # as yuv420p wants them
-
-
-def write(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
-    """A .gif or .mp4 of frames (F, H, W, 3), or a .png of some of them one below the other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [Image.fromarray(frame) for frame in frames]
-    if path.suffix == ".gif":
-        # GIF counts time in hundredths of a second.
-        durations = np.diff(np.round(np.arange(len(frames) + 1) * 100 / fps)) * 10
-        pictures[0].save(
-            path,
-            save_all=True,
-            append_images=pictures[1:],
-            duration=[int(d) for d in durations],
-            loop=0,
-        )
-    elif path.suffix == ".png":
-        chosen = np.linspace(0, len(frames) - 1, min(SHEET, len(frames))).round().astype(int)
-        Image.fromarray(np.concatenate([frames[i] for i in chosen], 0)).save(path)
-    else:
-        import av
-
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt, stream.options = "yuv420p", {"crf": "16"}
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
-
-
 # ----------------------------------------------------------------------------- the command
 
 
@@ -197,13 +129,24 @@ def find(folder: Path) -> Path:
 
 
 def make(
-    folder: Path, prompts: Sequence[str], vae: str | None, out: Path, **sampling: Any
+    folder: Path,
+    prompts: Sequence[str],
+    vae: str | None,
+    out: Path,
+    *,
+    num: int = 1,
+    seed: int = 0,
+    at_once: int = AT_ONCE,
+    told: Callable[[str], None] = lambda line: None,
+    **sampling: Any,
 ) -> NDArray[np.uint8]:
-    """Samples, decodes and writes; returns the frames written. `sampling` as in `sample`."""
-    if out.suffix not in (".gif", ".mp4", ".png"):
+    """Samples `num` videos of each prompt, of `seed` and those after it, decodes and writes them;
+    returns the frames written. `sampling` as in `sample`; `told` hears what is being done."""
+    if out.suffix not in FORMATS:
         raise SettingsError(f"--out is {out}: it must end in .gif, .mp4 or .png")
     try:
-        model, config = models.load(find(folder))
+        place = find(folder)
+        model, config = models.load(place)
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no model of this trainer: {error}") from error
     if isinstance(model, Family) and model.needs_picture:
@@ -213,39 +156,77 @@ def make(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = load_vae(vae or config.latents["vae"], config.latents, device)
-    z = sample(model.to(device), config, prompts, device=device, **sampling)
-    frames = tile([decode(decoder, one, config.latents) for one in z], prompts)
+    model = model.to(device)
+    wanted = [(prompt, seed + n) for prompt in prompts for n in range(num)]
+    videos: list[NDArray[np.uint8]] = []
+    told(f"{len(wanted)} videos of {place} on {device}")
+    for begin in range(0, len(wanted), at_once):
+        some, seeds = zip(*wanted[begin : begin + at_once])
+        latents = sample(model, config, some, seed=seeds, device=device, **sampling)
+        videos += [decode(decoder, one, config.latents) for one in latents]
+        told(f"{len(videos)} of {len(wanted)} videos are made")
+    titles = [f"{prompt} ({n})" if num > 1 else prompt for prompt, n in wanted]
+    frames = tile(videos, titles, across(len(videos), out.suffix))
     write(out, frames, config.latents["sampling"].get("fps", 16))
     return frames
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One a line; empty lines are none. Raises SettingsError."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--prompts-file {file} cannot be read: {error}") from error
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise SettingsError(f"--prompts-file {file} has no prompts: one a line is expected")
+    return prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.sample", description=ABOUT)
     parser.add_argument("--checkpoint", type=Path, required=True, help="or a run's output folder")
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    parser.add_argument("--prompts-file", type=Path, help="prompts, one a line")
     parser.add_argument("--vae", help="its diffusers folder; default: as the latents were made")
     parser.add_argument("--text-encoder", help="of stored embeddings; default: as these were made")
     parser.add_argument("--tokenizer", help="its tokenizer's folder; default: the same")
     parser.add_argument("--out", type=Path, required=True, help="a .gif, .mp4 or .png")
+    parser.add_argument("--num", type=int, default=1, help="videos of each prompt")
     parser.add_argument("--steps", type=int, default=30, help="model calls of the sampler")
     parser.add_argument("--guidance", type=float, default=3.0, help="1: none")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; of --num's first")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="videos: fewer, less memory")
     given = parser.parse_args(arguments)
-    sampling = {
-        "steps": max(1, given.steps),
-        "guidance": given.guidance,
-        "seed": given.seed,
-        "encoder": given.text_encoder,
-        "tokenizer": given.tokenizer,
-    }
+
+    def say(line: str) -> None:
+        print(shown(f"vidpipe sample: {line}"), file=sys.stderr, flush=True)
+
     try:
-        make(given.checkpoint, given.prompt, given.vae, given.out, **sampling)
+        for name in ("num", "steps", "at_once"):
+            if (value := getattr(given, name)) < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        prompts = given.prompt + (read_prompts(given.prompts_file) if given.prompts_file else [])
+        if not prompts:
+            raise SettingsError("no prompt: give --prompt TEXT, or --prompts-file FILE")
+        make(
+            given.checkpoint,
+            prompts,
+            given.vae,
+            given.out,
+            num=given.num,
+            seed=given.seed,
+            at_once=given.at_once,
+            told=say,
+            steps=given.steps,
+            guidance=given.guidance,
+            encoder=given.text_encoder,
+            tokenizer=given.tokenizer,
+        )
     except (SettingsError, CheckpointError) as error:
-        print(shown(f"vidpipe sample: {error}"), file=sys.stderr)
+        say(str(error))
         return 2
-    for prompt in given.prompt:
-        print(shown(f"{given.out}: {prompt}"), file=sys.stderr)
+    say(f"written to {given.out}")
     return 0
 
 

@@ -96,6 +96,20 @@ class FamilySettings(Section):
         return self
 
 
+class TextSettings(Section):
+    """What the model is told of captions: by an encoder trained with it, or by stored ones."""
+
+    kind: Literal["words", "bytes", "stored"] = Field(
+        "words",
+        description="what a text token is: a hashed word, or a byte (for languages that put no "
+        "spaces between words), both encoded by a small encoder that is trained as well; stored: "
+        "a token of the text embeddings that the stage embed made, with no encoder at all",
+    )
+    length: int = Field(48, ge=2, le=4096, description="tokens of a caption; the rest is cut off")
+    layers: int = Field(2, ge=0, le=48, description="transformer layers over the text tokens")
+    buckets: int = Field(8192, ge=256, le=2**22, description="rows of the table of hashed words")
+
+
 def _kind(values: Any) -> str:
     kind = values.get("kind", "dit") if isinstance(values, dict) else values.kind
     return DIT if kind == "dit" else FAMILY
@@ -151,3 +165,41 @@ class ValidationSettings(Section):
     )
     every: int = Field(500, ge=1, description="steps between two looks")
     clips: int = Field(64, ge=1, description="that are looked at, at most")
+
+
+class SamplesSettings(Section):
+    """Videos of fixed prompts, to look at while it trains."""
+
+    prompts: tuple[str, ...] | Annotated[int, Field(ge=0)] = Field(
+        (),
+        description="a list of them, or so many captions of clips that are held back; default: "
+        "none, no samples",
+    )
+    every: int = Field(500, ge=1, description="steps between them; and at the end")
+    format: Literal["gif", "mp4", "png"] = Field(
+        "gif", description="of samples/step_000500.gif; png: frames one below the other"
+    )
+    steps: int = Field(30, ge=1, description="model calls of the sampler")
+    guidance: float = Field(3.0, description="1: none")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the noise, the same for all prompts")
+    first_frame: bool = Field(
+        False,
+        description="they go on from the first frames of the clips whose captions they are: of a "
+        "model with `first_frame`, and a number of prompts",
+    )
+    vae: str | None = Field(None, description="the folder of the VAE that decodes them")
+    text_encoder: str | None = Field(
+        None, description="of stored embeddings: the folder of the encoder that made them"
+    )
+    tokenizer: str | None = Field(None, description="and its tokenizer's")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.first_frame and not isinstance(self.prompts, int):
+            raise ValueError(
+                "first_frame goes on from clips that are held back, and prompts are a list: set "
+                "prompts to a number of such clips, or leave first_frame out"
+            )
+        if not isinstance(self.prompts, int) and not all(map(str.strip, self.prompts)):
+            raise ValueError("prompts has one that is empty")
+        return self

@@ -19,23 +19,25 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 
 from manifests.redact import redact_logs, shown
 from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
-from trainer import optimizers
+from trainer import optimizers, sharding, trackers
 from trainer.checkpoint import CheckpointError, adapters_only
 from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
 from trainer.data import Batch, Loader
 from trainer.ema import FILE as EMA
-from trainer.ema import Ema
+from trainer.ema import Ema, average_of
 from trainer.families import Family
 from trainer.losses import Traits, clip_losses
+from trainer.meter import Meter, line
 from trainer.models import adapted, build
-from trainer.validation import Validation, split
+from trainer.samples import Samples
+from trainer.validation import Validation, split, told
 
 ECHO_SECONDS = 10.0  # for which a second signal is the first one's
 
@@ -74,8 +76,11 @@ def train(settings: TrainSettings) -> Path:
         latents=index.spec.to_json(),
         embeddings=loader.embeddings and loader.embeddings.spec.to_json(),
     )
+    samples = Samples(settings, config, held, accelerator) if settings.samples.prompts else None
     set_seed(settings.seed)
     model = build(config)
+    if samples is not None:
+        samples.check(model)
     if isinstance(model, Family):
         config = config.model_copy(update={"arch": model.config})
         for shape in loader.order.shapes:
@@ -90,22 +95,26 @@ def train(settings: TrainSettings) -> Path:
         model.compile()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = optimizers.build(model, settings, device, world)
+    sharding.ready(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ------------------------------------------------------------------------- resume
     step, position, folder = 0, loader.start(), settings.output
     saved: Path | None = None  # the newest checkpoint
     if found := checkpoints.latest(settings.output):
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
         checkpoints.restore(accelerator, found, config)
-        optimizers.resumed(optimizer, settings)
+        optimizers.resumed(optimizer, decays)
         step, folder = found.step, found.folder
         saved = folder
         position, note = loader.resume(found.position)
         say(f"goes on from {folder}" + f": {note}" * bool(note))
-    ema = averaged(accelerator, model, settings)
+    ema: Ema | None = None
+    if settings.ema_decay is not None:
+        ema = Ema(accelerator.unwrap_model(model), settings.ema_decay, settings.ema_power)
     if ema is not None and found and (found.folder / EMA).exists():
         ema.load(found.folder)
-    accelerator.init_trackers("train", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    trackers.begin(accelerator, settings, step)
     say(
         f"{len(loader)} clips of {loader.shapes}, {parameters:,} parameters, {world} x "
         f"{device.type}, mixed precision {accelerator.mixed_precision}, steps {step} to "
@@ -113,12 +122,14 @@ def train(settings: TrainSettings) -> Path:
     )
     if validation is not None:
         say(f"{validation.clips} clips are looked at that are held back from training")
+    if samples is not None:
+        say(f"{len(samples.prompts)} prompts are sampled every {settings.samples.every} steps")
     if index.text is not None and loader.embeddings is None:
         say("the index has text embeddings, which are not used: train.text.kind is not stored")
 
     # ------------------------------------------------------------------------- the loop
     model.train()
-    meter = Meter()
+    meter = Meter(device, world, step, settings.steps)
     with stop_signals() as stop, closing(loader.batches(position)) as batches:
         stopped = False  # on any process, known to all
         while step < settings.steps and not stopped:
@@ -134,7 +145,7 @@ def train(settings: TrainSettings) -> Path:
                     accelerator.backward(losses.mean())
                     if accelerator.sync_gradients:
                         norm = clipped(accelerator, model, settings)
-                        if accelerator.scaler is None:  # which leaves such steps out
+                        if accelerator.mixed_precision != "fp16":  # which leaves such steps out
                             check_gradient(norm, batch, step, saved)
                     optimizer.step()
                     optimizer.zero_grad()
@@ -143,25 +154,28 @@ def train(settings: TrainSettings) -> Path:
             if ema is not None:
                 ema.update()
 
-            if step % settings.log_every == 0 or step == settings.steps:
+            if due(step, settings, settings.log_every):
                 values = {
+                    **meter.read(step),
                     "lr": optimizers.learning_rate(settings, step - 1),
                     "grad_norm": float(norm),
+                    "epoch": position.epoch,
                 }
-                values = {**meter.read(), **values, "epoch": position.epoch}
                 accelerator.log(values, step=step)
-                say(line(step, settings.steps, values))
-            if validation is not None and (
-                step % settings.validation.every == 0 or step == settings.steps
-            ):
+                say(line(step, settings.steps, values, world))
+            if validation is not None and due(step, settings, settings.validation.every):
                 with meter.aside():
-                    values = validation.losses(model, traits)
+                    values = validation.losses(model, traits, ema)
                 accelerator.log(values, step=step)
-                say(f"step {step}/{settings.steps}  validation loss {values['val_loss']:.4f}")
-            if step % settings.save_every == 0 or step == settings.steps or stopped:
-                saved = folder = checkpoints.save(
-                    accelerator, settings.output, step, position, config, settings.keep, ema
-                )
+                say(f"step {step}/{settings.steps}  {told(values)}")
+            if due(step, settings, settings.save_every) or stopped:
+                with meter.aside():
+                    saved = folder = checkpoints.save(
+                        accelerator, settings.output, step, position, config, settings.keep, ema
+                    )
+            if samples is not None and due(step, settings, settings.samples.every) and not stopped:
+                with meter.aside(), average_of(ema):
+                    samples.make(model, traits, step, say)
 
     # ------------------------------------------------------------------------- the end
     if step >= settings.steps:
@@ -170,7 +184,7 @@ def train(settings: TrainSettings) -> Path:
     else:
         say(f"stopped at step {step} of {settings.steps}: the same command goes on from there")
     accelerator.print(f"checkpoint: {folder}")
-    accelerator.end_training()
+    trackers.end(accelerator)
     return folder
 
 
@@ -179,40 +193,32 @@ def train(settings: TrainSettings) -> Path:
 
 def start(settings: TrainSettings) -> Accelerator:
     """The processes, their device and precision. Raises SettingsError and CheckpointError."""
+    trackers.check(settings)
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"train.output cannot be written: {error}") from error
-    precision = settings.mixed_precision
+    processes, precision = sharding.join(), settings.mixed_precision
     if precision == "auto":
-        on_gpu = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported()
+        on_gpu = processes.device.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if on_gpu else "no"
     torch.set_float32_matmul_precision("high")  # TF32 where there is: what is left in float32
     try:
         return Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
-            log_with="tensorboard",
+            deepspeed_plugin=sharding.deepspeed(settings),
+            log_with=list(settings.trackers),
             project_config=ProjectConfiguration(
-                project_dir=str(settings.output), logging_dir=str(settings.output / "logs")
+                project_dir=str(settings.output), logging_dir=str(settings.output / trackers.LOGS)
             ),
         )
     except ValueError as error:
         raise SettingsError(f"train.mixed_precision is {precision}: {error}") from error
 
 
-def averaged(accelerator: Accelerator, model: nn.Module, settings: TrainSettings) -> Ema | None:
-    """The average of the weights, from now on; None where none is wanted. Raises SettingsError
-    where no process has all weights."""
-    if settings.ema_decay is None:
-        return None
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise SettingsError(
-            f"train.ema_decay is {settings.ema_decay}, but with {kind.value} no process has all "
-            "weights to average: leave it out, or train without sharding"
-        )
-    return Ema(accelerator.unwrap_model(model), settings.ema_decay, settings.ema_power)
+def due(step: int, settings: TrainSettings, every: int) -> bool:
+    return step % every == 0 or step == settings.steps
 
 
 def share(accelerator: Accelerator, losses: Tensor, stop: bool) -> tuple[Tensor, bool]:
@@ -237,8 +243,8 @@ def check_finite(
 
 
 def clipped(accelerator: Accelerator, model: nn.Module, settings: TrainSettings) -> float:
-    """Cuts the gradient to `grad_clip`; its norm before. DeepSpeed clips by its own configuration
-    and knows the norm after the step alone: 0 where there is none yet."""
+    """Cuts the gradient to `grad_clip`; its norm before. DeepSpeed has cut it by then, and taken
+    the step."""
     most = settings.grad_clip or math.inf
     return float(accelerator.clip_grad_norm_(model.parameters(), most) or 0.0)
 
@@ -288,56 +294,12 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class Meter:
-    """Loss, speed and waiting since it was last read."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.began, self.waited = time.perf_counter(), 0.0
-        self.losses: list[Tensor] = []
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is no training does not count."""
-        began = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - began
-
-    def add(self, losses: Tensor) -> None:
-        self.losses.append(losses.flatten())
-
-    def read(self) -> dict[str, float]:
-        losses, elapsed = torch.cat(self.losses), time.perf_counter() - self.began
-        values = {
-            "loss": losses.mean().item(),
-            "clips_per_second": len(losses) / elapsed,
-            "data_wait": self.waited / elapsed,
-        }
-        self.reset()
-        return values
-
-
-def line(step: int, steps: int, values: dict[str, float]) -> str:
-    return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-        f"grad {values['grad_norm']:.3f}  {values['clips_per_second']:.1f} clips/s  "
-        f"data wait {values['data_wait']:.0%}  epoch {values['epoch']}"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description=ABOUT)
     parser.add_argument("--config", required=True, type=Path, help="JSON file of the settings")
     redact_logs()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher that is to outlive it may ignore it
     try:
         train(load_settings(parser.parse_args(arguments).config))
     except (SettingsError, ShardError, CheckpointError, Diverged) as error:

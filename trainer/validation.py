@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from manifests.shards import Index
 from trainer.config import SettingsError, TrainSettings
 from trainer.data import Loader
+from trainer.ema import Ema
 from trainer.losses import Traits, losses_at
 
 TIMES = 8  # at which each clip is looked at: the middles of as many equal parts of [0, 1]
@@ -47,6 +48,11 @@ def split(index: Index, settings: TrainSettings) -> tuple[Index, Index | None]:
     # The first by the draw, and not by their places: those are of a few shards.
     looked_at = np.sort(np.argsort(draws[held], kind="stable")[:most])
     return replace(index, table=train), replace(index, table=kept.take(looked_at))
+
+
+def by_draw(table: pa.Table) -> np.ndarray:
+    """The rows of a table of clips in the order of their draw."""
+    return np.argsort(drawn(_sources(table)), kind="stable")
 
 
 def drawn(sources: Iterable[str]) -> np.ndarray:
@@ -81,9 +87,17 @@ class Validation:
         self._loader = Loader(replace(index, table=mine), self._settings)
         self.clips = each * world
 
+    def losses(self, model: nn.Module, traits: Traits, ema: Ema | None = None) -> dict[str, float]:
+        """`val_loss`, and that at each time: `val_loss_at/0.06`; the same of the average of the
+        weights, where there is one: `val_loss_ema`. All processes call it."""
+        values = self._losses(model, traits, "val_loss")
+        if ema is not None:
+            with ema.applied():
+                values |= self._losses(model, traits, "val_loss_ema")
+        return values
+
     @torch.no_grad()
-    def losses(self, model: nn.Module, traits: Traits) -> dict[str, float]:
-        """`val_loss`, and that at each time: `val_loss_at/0.06`. All processes call it."""
+    def _losses(self, model: nn.Module, traits: Traits, name: str) -> dict[str, float]:
         device = self._accelerator.device
         total = torch.zeros(TIMES, device=device)
         training = model.training
@@ -93,8 +107,16 @@ class Validation:
                 total += losses_at(model, batch, self._settings, device, traits, times())
         model.train(training)
         means = (self._accelerator.reduce(total, "sum") / self.clips).tolist()
-        at = {f"val_loss_at/{t:.2f}": mean for t, mean in zip(times().tolist(), means)}
-        return {"val_loss": sum(means) / TIMES, **at}
+        at = {f"{name}_at/{t:.2f}": mean for t, mean in zip(times().tolist(), means)}
+        return {name: sum(means) / TIMES, **at}
+
+
+def told(losses: dict[str, float]) -> str:
+    """For the console."""
+    average = losses.get("val_loss_ema")
+    return f"validation loss {losses['val_loss']:.4f}" + (
+        f", of the averaged weights {average:.4f}" if average is not None else ""
+    )
 
 
 def times() -> Tensor:

@@ -39,7 +39,9 @@ from pipeline.commands.options import load, with_config
 )
 @click.option("--head", metavar="HOST[:PORT]", help="With --launcher print: the first node.")
 @click.option(
-    "--accelerate", metavar="FILE", help="A configuration of accelerate: FSDP, DeepSpeed."
+    "--accelerate",
+    metavar="NAME|FILE",
+    help="Spreads weights: fsdp2, zero2, zero3, or a configuration of accelerate.",
 )
 def train(
     file: str,

@@ -6,6 +6,7 @@ folder, which is removed at the end: results are committed by units, and units a
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from pipeline.plan import Plan, plan
 from pipeline.report import Reporter
 from pipeline.resources import Offer, cores, free_space, gpus_here, usable_gpus
 from pipeline.run import LOW_SPACE, reading
+from pipeline.workers import stop
 
 PREFIX = "vidpipe-estimate-"
 # A worker is said to wait for others where it works for less of the time than IDLE, in a stage
@@ -90,9 +92,15 @@ def estimate(
     Stopped where a signal ended it.
     """
     stages = pipeline.upstream(names)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as place:
-        folder = Path(place).resolve()
-        over = replace(pipeline, store=Overlay(str(folder / "source"), pipeline.store))
+    place = tempfile.mkdtemp(prefix=PREFIX)
+    folder = Path(place).resolve()
+    over = replace(pipeline, store=Overlay(str(folder / "source"), pipeline.store))
+
+    def clean() -> None:
+        forget_secrets(over, folder / "work")
+        shutil.rmtree(place, ignore_errors=True)
+
+    with stop.cleaning(clean):
         try:
             return _estimate(over, stages, clips, seed, gpus, report, folder)
         except (OSError, StoreUnusable) as error:
@@ -103,8 +111,6 @@ def estimate(
                 f"{full} What the sample comes to lies there until it is reckoned up: TMPDIR names "
                 "another folder for that, and a smaller --clips takes less."
             ) from error
-        finally:
-            forget_secrets(over, folder / "work")
 
 
 def _estimate(

@@ -22,6 +22,7 @@ from pipeline.report import Reporter
 from pipeline.resources import Workers
 from pipeline.unit import Receipt, Retry
 from pipeline.workers import stop
+from stages.encode import BESIDE
 
 # What Ray sets for its workers: the first where nobody else has.
 _THREADS, _GPUS = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
@@ -79,7 +80,8 @@ class _Listener(Reporter):
         self._report.unit(receipt)
 
     def note(self, text: str) -> None:
-        self._report.note(text)
+        # The sample's latents are gone when somebody reads it.
+        self._report.note(text.partition(f" {BESIDE}")[0])
 
     def end(self) -> None:
         self._report.end()

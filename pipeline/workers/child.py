@@ -179,9 +179,10 @@ class _Inbox:
         part: Part,
         apart: Sequence[Sequence[str]],
         condemned: dict[str, Verdict],
+        checks: int,
     ) -> None:
         watch = _Watched(apart, condemned, self, self._supervisor, number)
-        piece = Piece(unit, part, watch, watch.rows)
+        piece = Piece(unit, part, watch, watch.rows, checks)
         self._numbers[piece] = number
         self._waiting.append(piece)
 

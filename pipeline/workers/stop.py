@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +29,7 @@ _asked: int | None = None
 _orderly = False
 _now = False  # raise even within `orderly`
 _interrupted = False  # this process sends itself a signal
+_leavings: list[Callable[[], None]] = []  # what is to be cleaned up at the end
 _stderr = 2  # a copy, while others may point 2 elsewhere
 
 
@@ -108,6 +109,20 @@ def orderly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cleaning(clean: Callable[[], None]) -> Iterator[None]:
+    """Has `clean`, which may be called again, called at the end of the block however that comes:
+    also where a signal ends the process at once, or comes while it cleans."""
+    _leavings.append(clean)
+    try:
+        yield
+    finally:
+        while clean in _leavings:
+            with contextlib.suppress(Stopped):
+                clean()
+                _leavings.remove(clean)
+
+
+@contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Within `orderly`: while nothing is at work yet, a signal raises Stopped all the same."""
     global _now
@@ -163,6 +178,9 @@ def _end(number: int, text: str) -> None:
     cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a live report hides it
     os.write(_stderr, f"{cursor}\nvidpipe: {text}\n".encode())
     sweep()
+    for clean in list(_leavings):
+        with contextlib.suppress(Exception):  # nothing may keep it from ending
+            clean()
     os._exit(128 + number)
 
 

@@ -58,16 +58,21 @@ class Runs(ABC):
     """Runs units."""
 
     @abstractmethod
-    def submit(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Future[Receipt]:
-        """Has `part` of `unit` settled at the job's stage and committed. Once `driver.stopping`,
+    def submit(
+        self, job: Job, unit: str, driver: Driver, part: Part = WHOLE, checks: int = 0
+    ) -> Future[Receipt]:
+        """Has `part` of `unit` settled at the job's stage and committed; the stage is to look at
+        so many of the rows again, or of later ones where there are none. Once `driver.stopping`,
         what is done is committed and the rest stays pending."""
 
     @abstractmethod
     def close(self) -> None:
         """Gives the model back, and ends what runs."""
 
-    def run(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Receipt:
-        return self.submit(job, unit, driver, part).result()
+    def run(
+        self, job: Job, unit: str, driver: Driver, part: Part = WHOLE, checks: int = 0
+    ) -> Receipt:
+        return self.submit(job, unit, driver, part, checks).result()
 
 
 class InProcess(Runs):
@@ -77,15 +82,20 @@ class InProcess(Runs):
         self._stage: AnyStage | None = None
         self._model: Kept | None = None
         self._lock = threading.Lock()  # an actor on Ray has several calls at once
+        self._unchecked = 0
 
-    def submit(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Future[Receipt]:
+    def submit(
+        self, job: Job, unit: str, driver: Driver, part: Part = WHOLE, checks: int = 0
+    ) -> Future[Receipt]:
         """It is run when this returns, with the model of the last stage that has one kept."""
         done: Future[Receipt] = Future()
         with self._lock:
-            done.set_result(self._through(job, unit, driver, part))
+            receipt = self._through(job, unit, driver, part, checks + self._unchecked)
+            self._unchecked = receipt.unchecked
+        done.set_result(receipt)
         return done
 
-    def _through(self, job: Job, unit: str, driver: Driver, part: Part) -> Receipt:
+    def _through(self, job: Job, unit: str, driver: Driver, part: Part, checks: int) -> Receipt:
         stage = job.stage
         model: Callable[[], Any] = stage.setup
         if stage.loads_model:
@@ -93,7 +103,7 @@ class InProcess(Runs):
                 self.close()
                 self._stage, self._model = stage, Kept(stage)
             model = self._model or stage.setup
-        piece = Piece(unit, part, _Stoppable(driver), driver.rows)
+        piece = Piece(unit, part, _Stoppable(driver), driver.rows, checks)
         with telling(driver.note):
             return run_piece(job.store, job.dag, stage, model, piece, job.retry)
 
@@ -116,8 +126,9 @@ class _Stoppable(Watch):
 class _Order:
     """A unit that a worker was asked to run, and how far that is."""
 
-    def __init__(self, job: Job, unit: str, part: Part, driver: Driver) -> None:
+    def __init__(self, job: Job, unit: str, part: Part, driver: Driver, checks: int) -> None:
         self.job, self.unit, self.part, self.driver = job, unit, part, driver
+        self.checks = checks
         self.done: Future[Receipt] = Future()
         self.suspects = Suspects()
         self.idle = 0  # deaths with no clip in flight
@@ -140,7 +151,7 @@ class _Order:
     def take_back(self) -> None:
         """Has the driver forget what was settled and is lost with its process."""
         if self.uncommitted.total:
-            self.driver.rows(self.stage, _taken_back(self.uncommitted))
+            self.driver.rows(self.stage, -self.uncommitted)
 
 
 class Worker(Runs):
@@ -159,11 +170,14 @@ class Worker(Runs):
         self._numbers = itertools.count()
         self._heard = 0.0
         self._asked: float | None = None  # when the process was asked to stop
+        self._unchecked = 0  # rows to look at again, for which there was none
         self._stillborn: dict[str, list[str]] = {}  # errors of units that ended with no clip tried
 
-    def submit(self, job: Job, unit: str, driver: Driver, part: Part = WHOLE) -> Future[Receipt]:
+    def submit(
+        self, job: Job, unit: str, driver: Driver, part: Part = WHOLE, checks: int = 0
+    ) -> Future[Receipt]:
         """A batch that takes too long once somebody asked to stop is given up."""
-        order = _Order(job, unit, part, driver)
+        order = _Order(job, unit, part, driver, checks)
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -240,9 +254,11 @@ class Worker(Runs):
         self._process = self._process or Process()
         number = next(self._numbers)
         suspects = order.suspects
+        order.checks, self._unchecked = order.checks + self._unchecked, 0
         try:
             self._process.give(
-                order.job, (number, order.unit, order.part, suspects.apart, suspects.condemned)
+                order.job,
+                (number, order.unit, order.part, suspects.apart, suspects.condemned, order.checks),
             )
         except OSError:
             pass  # it has died, as will be noticed
@@ -306,11 +322,12 @@ class Worker(Runs):
             order.uncommitted += counts
             order.driver.rows(order.stage, counts)
         elif what == "committed":
-            order.uncommitted += _taken_back(Counts(**told))
+            order.uncommitted += -Counts(**told)
         elif what == "receipt":
             del self._open[number]
             self._stillborn.pop(order.stage, None)
             counts = Counts(**told["counts"])
+            self._unchecked += told["unchecked"]
             order.done.set_result(Receipt(**{**told, "stage": order.stage, "counts": counts}))
 
     def _died(self, death: Death, given_up: bool = False) -> None:
@@ -369,10 +386,3 @@ def _told(blamed: list[_Order], death: Death) -> str:
     else:
         what = f"clip {ids[0]}, which is tried again"
     return f"{blamed[0].stage}: a worker {death.how} at {what}"
-
-
-def _taken_back(counts: Counts) -> Counts:
-    """The counts of rows that were settled and are lost with their worker."""
-    rejected = {reason: -n for reason, n in counts.rejected.items()}
-    failed = {reason: -n for reason, n in counts.failed.items()}
-    return Counts(-counts.total, -counts.kept, rejected, failed, -counts.pending)

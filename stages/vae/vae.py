@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from stages.base import Failed, StageError
+from stages.checks import Checks
 from stages.devices import usable
 from stages.models import check_weights, folder_sha256
 from stages.remember import remembered
@@ -100,7 +101,7 @@ class Vae:
         if options.compile:
             self.module.encoder.compile()
         self._halving = Halving()
-        self.looked_at = 0  # clips whose latents were decoded again, to see that they are right
+        self.checks = Checks()  # of clips whose latents are decoded again
         self._best: dict[tuple[int, ...], int] = {}
         self._copies = None
         if self.device.type == "cuda":

@@ -20,6 +20,7 @@ from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
 from stages.base import Context
+from stages.checks import Checks
 from stages.download import Download, DownloadSettings
 from stages.encode import Encode, EncodeSettings
 from stages.media.sampling import Sampling
@@ -33,7 +34,7 @@ class Trivial:
     """Stands in for the VAE: latents of one number a clip."""
 
     decoding_threads = 1
-    looked_at = 1 << 30  # so that none is decoded again
+    checks = Checks()  # none is decoded again
     device = SimpleNamespace(type="cpu")
 
     def idle(self) -> bool:

@@ -87,6 +87,7 @@ class Modelled(Streaming):
         if caption == "crash":
             raise ZeroDivisionError("a fault of the stage")
         time.sleep(0.05)
+        count("answers", 1)
 
     def stream(
         self, batches: Iterator[pa.Table], model: None

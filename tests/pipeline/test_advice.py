@@ -64,6 +64,48 @@ def test_descriptions_that_nobody_reads(tmp_path: Path, overrides: list[str], sa
     assert ["rewrite-described" in sentence for sentence in advice(made)] == [True] * said
 
 
+@pytest.mark.parametrize(
+    ("overrides", "captions", "said"),
+    [
+        ([], {}, True),
+        (["describe.model=m/m", "recaption.preset=rewrite-described"], {}, False),
+        (["recaption.prompt='{uri} {caption?}'"], {}, False),
+        (["recaption.enabled=false"], {}, False),
+        ([], {"b": "a bird"}, False),
+        ([], {"a": " \n"}, True),
+    ],
+)
+def test_captions_that_are_not_there(
+    tmp_path: Path, overrides: list[str], captions: dict[str, str], said: bool
+) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(b"no video")
+    for name, text in captions.items():
+        (tmp_path / "videos" / f"{name}.txt").write_text(text)
+    text = YAML.replace("{enabled: false}", "{model: some/model}")
+    made = dag.build(config.parse(text, str(tmp_path / "vidpipe.yaml"), overrides))
+    found = [line for line in advice(made) if "no row of the source has a caption" in line]
+    assert len(found) == said
+    assert all("section `describe`" in line for line in found)
+    assert advice(made, ["recaption"]) == found
+    assert not advice(made, ["probe"])
+
+
+def test_plan_warns_of_captions_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
+    text = YAML.replace("{enabled: false}", "{engine: transformers, model: 'demo://captioner'}")
+    (tmp_path / "vidpipe.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for words in (["plan"], ["plan", "recaption"], ["doctor"]):
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 0, done.stderr
+        assert "by a section `describe`" in " ".join((done.stdout + done.stderr).split()), words
+
+
 def test_plan_and_doctor_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")

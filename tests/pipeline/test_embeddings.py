@@ -16,6 +16,7 @@ from manifests.shards import LATENTS, Index, LatentSpec, ShardError, read_embedd
 from pipeline import index
 from pipeline.config import parse
 from pipeline.dag import Pipeline, build
+from pipeline.plan import status_and_amounts
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
@@ -60,9 +61,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("t5") / "encoder", "umt5")
 
 
-def made(folder: Path, encoder: Path, captions: Sequence[str | None], **more: Any) -> Pipeline:
+def made(
+    folder: Path,
+    encoder: Path,
+    captions: Sequence[str | None],
+    run: dict[str, Any] | None = None,
+    **more: Any,
+) -> Pipeline:
     settings = {"encoder": str(encoder), "dtype": "float32", "max_length": 16, **more}
-    run = {"unit_size": 4}
+    run = {"unit_size": 4, **(run or {})}
     return pipeline(folder, captions, [Encode, Embed], {"embed": settings}, run)
 
 
@@ -111,6 +118,78 @@ def test_the_index_says_where_each_clips_embedding_lies(tmp_path: Path, encoder:
     assert empty is not None and (empty.shape, empty.tokens) == ((1, 16), 1)
     wanted = tensor(wanted_empty.values, (1, 16))
     torch.testing.assert_close(tensor(empty.data, (1, 16)), wanted, atol=1e-5, rtol=0)
+
+
+def encoded(made: Pipeline) -> int:
+    """Captions that went through the encoder, the empty one among them, in all runs."""
+    return status_and_amounts(made)[1]["embed"]["encoded"]
+
+
+MANY = [
+    f"a {color} {what}" for color in ("red", "green", "blue") for what in ("dog", "cat", "bird")
+]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_each_distinct_caption_is_encoded_once_over_units_and_runs(
+    tmp_path: Path, encoder: Path, isolate: bool
+) -> None:
+    def go_on(captions: list[str]) -> Pipeline:
+        one = made(tmp_path, encoder, captions, run={"isolate": isolate})
+        go(one)
+        return one
+
+    one = go_on(MANY * 4)
+    assert len(one.dag.log(one.store, "embed").units()) == 9
+    assert encoded(one) == len(MANY) + 1
+    go_on(MANY * 6)
+    assert encoded(one) == len(MANY) + 1, "none of the new rows has a caption of its own"
+    go_on(MANY * 6 + ["the small square", "a large circle"] * 5)
+    assert encoded(one) == len(MANY) + 3
+    amounts = status_and_amounts(one)[1]["embed"]
+    assert amounts["copied"] >= len(MANY), "by the later runs"
+    values: dict[str, torch.Tensor] = {}
+    for caption, own in embeddings(one).values():
+        assert torch.equal(values.setdefault(str(caption), own), own)
+    assert len(values) == len(MANY) + 2
+
+
+def test_workers_side_by_side_encode_no_caption_twice(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets the rows of some captions, of all units, whatever comes when."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    on_ray = {"runner": "ray", "isolate": True, "unit_size": 8}
+    one = made(tmp_path, encoder, MANY * 6, run=on_ray, workers=2, cpus=0.5)
+    go(one)
+    log = one.dag.log(one.store, "embed")
+    commits = [commit for unit in log.units() for commit in log.commits(unit)]
+    assert len(log.units()) == 7 and len(commits) > 14, "units were cut"
+    # The empty one, which no row has, each worker needs at its beginning.
+    assert len(MANY) + 1 <= encoded(one) <= len(MANY) + 2
+    values = [own for caption, own in embeddings(one).values() if caption == MANY[0]]
+    assert len(values) == 6 and all(torch.equal(values[0], own) for own in values)
+
+
+def test_with_no_room_to_remember_what_is_committed_is_copied(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.embed.REMEMBERED", 0)
+    monkeypatch.setattr("stages.texts.LOOK_SECONDS", 0)
+    one = made(tmp_path, encoder, MANY * 4, run={"isolate": False})
+    go(one)
+    amounts = status_and_amounts(one)[1]["embed"]
+    assert amounts["encoded"] == len(MANY) + 1 and amounts["copied"] > 0
+
+
+def test_what_repair_has_made_void_is_encoded_anew(tmp_path: Path, encoder: Path) -> None:
+    go(one := made(tmp_path, encoder, MANY[:4]))
+    assert encoded(one) == 5
+    (name,) = data_of(one, "embed")
+    Path(one.store.path(name)).write_bytes(b"nothing of it is left")
+    repair(one, list(verify(one, ["embed"])))
+    go(made(tmp_path, encoder, MANY[:4]))
+    assert encoded(one) == 10
 
 
 def test_payload_stands_once_a_file(tmp_path: Path, encoder: Path) -> None:
@@ -168,8 +247,10 @@ def test_a_damaged_file_is_made_anew_whole(tmp_path: Path, encoder: Path) -> Non
     go(made(tmp_path, encoder, CAPTIONS))
     after = embeddings(one)
     assert before.keys() == after.keys()
-    for clip, (_, values) in after.items():
-        assert torch.equal(values, before[clip][1])
+    for clip, (caption, values) in after.items():
+        torch.testing.assert_close(values, before[clip][1], atol=1e-5, rtol=0)
+        if caption == "a red dog":  # which the sound file has too
+            assert torch.equal(values, before[clip][1])
 
 
 def test_audit_finds_an_embedding_out_of_its_place(tmp_path: Path, encoder: Path) -> None:

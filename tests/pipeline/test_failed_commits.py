@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from test_units_in_line import CAPTIONS, Watched, made_of, pieces, through
 
 from manifests.faults import StoreError
-from manifests.log import Log
+from manifests.log import Counts, Log
 from pipeline import commits
 from pipeline.commits import Committer
 
@@ -40,9 +41,20 @@ def test_it_is_told_of_the_unit_that_it_befell(
     monkeypatch.setattr(Log, "append", failing)
     monkeypatch.setattr(Committer, "begin", beginning)
     monkeypatch.setattr(commits, "COMMIT_SECONDS", 0.0)
+    told = Counts()
+    line = [replace(piece, on_rows=lambda stage, counts: told.__iadd__(counts)) for piece in line]
     receipts = through(made, line)
     assert failed and len(receipts) == 4
     log = made.dag.log(made.store, "modelled")
     for receipt in receipts:
         kept = sum(commit.rows for commit in log.commits(receipt.unit))
         assert (receipt.error is None) == (kept == 3), (receipt, kept)
+        assert receipt.counts == Counts(kept, kept), "what was lost is taken back"
+    kept = sum(receipt.counts.kept for receipt in receipts)
+    assert (told.total, told.kept) == (kept, kept)
+    if later:
+        return
+    # The unit was run again: what its lost rows took stands in its next commit.
+    said = sum(receipt.amounts["answers"] for receipt in receipts)
+    found = [c.amounts.get("answers", 0) for piece in line for c in log.commits(piece.unit)]
+    assert kept == 12 and sum(found) == said > 12

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from toys import Length, Limit, Shout, pipeline
 
+from pipeline import ray_data
 from pipeline.config import ConfigError, RunSettings
 from pipeline.resources import (
     Offer,
@@ -111,6 +112,35 @@ def test_gpus_are_counted_as_torch_counts_them_and_without_it_where_there_are_no
     assert done.stdout.split()[0] == str(gpus_here())
     if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
         assert done.stdout.split()[1] == "False"
+
+
+def test_a_stage_whose_equal_rows_go_to_one_worker_stands_alone() -> None:
+    once = Workers(2, 1, 0, 0, actor=True, once=True)
+    workers = {"probe": task(), "caption": actor(1), "embed": once, "encode": actor(1)}
+    wanted = [("probe", "caption"), ("embed",), ("encode",)]
+    assert chained(workers, Offer(64, 0)) == wanted
+    assert chained(workers, Offer(64, 0), "pipelined") == wanted
+    why = passes(workers, Offer(64, 0), "auto", list(workers))[0].why
+    assert why == "equal rows of embed go to one worker, of all units"
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "parts"), [(1, 8192, 1), (2, 64, 4), (8, 8192, 32), (64, 8192, 128)]
+)
+def test_units_are_cut_by_keys_so_that_all_workers_get_some(
+    count: int, rows: int, parts: int
+) -> None:
+    assert cut([Workers(count, 1, 0, 0, actor=True, once=True)], 100, rows) == parts
+
+
+def test_a_worker_gets_its_part_of_all_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = ["a", "b", "c"]
+    (apart,) = ray_data.waves(units, 2, once=False)
+    assert apart == [((unit,), n, 2) for unit in units for n in (0, 1)]
+    (together,) = ray_data.waves(units, 2, once=True)
+    assert together == [(("a", "b", "c"), 0, 2), (("b", "c", "a"), 1, 2)]
+    monkeypatch.setattr(ray_data, "WAVE_UNITS", 4)
+    assert [len(wave[0][0]) for wave in ray_data.waves(units, 2, once=True)] == [2, 1]
 
 
 def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import Length, Limit, Shout
+from toys import pipeline as toys
 
-from manifests.shards import LatentSpec
+from manifests.intake import scan
+from manifests.shards import LATENTS, LatentSpec
 from pipeline import training
-from pipeline.config import parse
+from pipeline.config import ConfigError, parse
 from pipeline.dag import build
+from pipeline.report import Reporter
+from pipeline.run import run
+from pipeline.unit import Retry
+from stages.base import Outcome, Row
 from trainer.config import SettingsError, parse_settings
 from trainer.expected import check_expected
 
@@ -58,6 +66,39 @@ def test_latents_meet_what_their_own_sampling_expects(
     shapes = {"buckets": [{"frames": 1, "height": 8, "width": 8}]}
     with pytest.raises(SettingsError, match=r"train\.expect\.buckets is .* made with \[\[1, 8, 8"):
         check_expected(settings.expect, spec(**shapes))
+
+
+class Encode(Shout):
+    name = "encode"
+    adds = LATENTS
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        return {"spec": asdict(LatentSpec("v", "c", "s", "f", False, 1, 1, 8, [0.0], [1.0]))}
+
+    def process(self, rows: list[Row], model: str) -> list[Outcome]:
+        made = {"latents": b"1234", "latents_shape": [1, 1, 1, 1], "latents_dtype": "float32"}
+        return [{**dict.fromkeys(LATENTS.names), **made, "frame_times": [0.0]} for _ in rows]
+
+
+def test_what_waits_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [Length, Limit, Encode]
+    captions: list[str | None] = ["a red cat", "dog", "a very long one"]
+    made = toys(tmp_path, captions, stages)
+    run(made, (), Retry(), Reporter())
+    training.prepare(made)
+    said = capsys.readouterr().err
+    assert "training on 2 clips" in said and "rows that wait" not in said
+    more = toys(tmp_path, [*captions, "new", "newer"], stages)
+    scan(more.store, more.config.source, 4)
+    training.prepare(more)
+    told = capsys.readouterr().err
+    assert "training on 2 clips" in told
+    assert "not trained on are rows that wait: 2 at length. `vidpipe run` brings them in" in told
+    changed = toys(tmp_path, [*captions, "new", "newer"], stages, {"limit": {"most": 1}})
+    with pytest.raises(ConfigError) as error:
+        training.prepare(changed)
+    assert "limit: 0 kept, 0 rejected, 0 failed, 3 pending; encode: " in str(error.value)
+    assert "`vidpipe run` first" in str(error.value)
 
 
 def test_what_the_user_expects_comes_first(tmp_path: Path) -> None:

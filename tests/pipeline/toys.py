@@ -23,7 +23,9 @@ from stages.base import (
     Stage,
     StageSettings,
     count,
+    tell,
 )
+from stages.checks import Checks
 from stages.media.sampling import Sampling
 
 
@@ -90,6 +92,39 @@ class Shout(Stage[ShoutSettings, str]):
 
     def process(self, rows: list[Row], model: str) -> list[Outcome]:
         return [{"loud": row["caption"].upper() + model} for row in rows]
+
+
+class LookingSettings(StageSettings):
+    most: Speed[int] = 3
+
+
+class Looking(Stage[LookingSettings, Checks]):
+    """Has a model, and says which rows it has looked at again; "empty" it does not keep."""
+
+    name = "looking"
+    Settings = LookingSettings
+    reads = ("caption",)
+
+    @property
+    def checks(self) -> int:
+        return self.settings.most
+
+    def setup(self) -> Checks:
+        return Checks()
+
+    def check_rows(self, number: int, rows: int, model: Checks) -> None:
+        model.ask(number, rows)
+
+    def process(self, rows: list[Row], model: Checks) -> list[Outcome]:
+        return [self.one(row, model) for row in rows]
+
+    def one(self, row: Row, model: Checks) -> Outcome:
+        if row["caption"] == "empty":
+            model.passed()
+            return Rejected("empty", "")
+        if model.due():
+            tell(f"looked at {row['clip_id']}")
+        return {}
 
 
 class Heavy(Stage[StageSettings, None]):

@@ -12,9 +12,15 @@ import torch
 from encoders import KINDS, ROOM, WORDS, make
 from safetensors.torch import load_file, save_file
 
+from manifests.log import Counts, Log, line_of
+from manifests.schema import digest
+from manifests.shards import EMBEDDINGS
+from manifests.store import Store
+from manifests.stored import StoredEmbeddings
 from stages.base import Context, Failed, StageError
 from stages.embed import Embed, EmbedSettings
 from stages.text_encoders import Text, TextEncoder, kind_of
+from stages.texts import Texts
 
 CAPTIONS = [
     "a red circle moves left",
@@ -192,30 +198,132 @@ def test_clips_real_vocabulary_as_stable_diffusion_uses_it(
     assert [t.tokens for t in texts if isinstance(t, Text)] == [7, 2, 77]
 
 
+def texts(folder: Path, workdir: str = "/nowhere", **values: Any) -> Texts:
+    stored = StoredEmbeddings(workdir, "embed", "f")
+    return Texts(loaded(folder), lambda caption: digest([caption], 32), stored, **values)
+
+
 def test_each_distinct_caption_goes_through_once(t5: Path) -> None:
-    encoder = loaded(t5, remember=1 << 20)
-    first = encoder.encode(CAPTIONS)
-    assert encoder.encoded == len(set(CAPTIONS)) and first[1] == first[4]
-    assert encoder.encode(list(reversed(CAPTIONS))) == list(reversed(first))
-    assert encoder.encoded == len(set(CAPTIONS))
-    forgetful = loaded(t5)
-    forgetful.encode(CAPTIONS)
-    forgetful.encode(CAPTIONS)
-    assert forgetful.encoded == 2 * len(set(CAPTIONS))
+    model = texts(t5, remember=1 << 20)
+    first = model.encode(CAPTIONS)
+    assert model.encoder.encoded == len(set(CAPTIONS)) and first[1] == first[4]
+    assert model.encode(list(reversed(CAPTIONS))) == list(reversed(first))
+    assert isinstance(model.empty(), bytes)
+    assert model.encoder.encoded == len(set(CAPTIONS))
 
 
 def test_what_is_kept_for_later_is_bounded(t5: Path) -> None:
     size = 16 * 4
-    encoder = loaded(t5, remember=6 * size)  # two captions of two words and the end
-    encoder.encode(["a dog"])
-    encoder.encode(["a cat"])
-    encoder.encode(["a dog"])
-    encoder.encode(["a bird"])  # the cat goes: the dog was used since
-    assert encoder.encoded == 3
-    encoder.encode(["a dog"])
-    assert encoder.encoded == 3
-    encoder.encode(["a cat"])
-    assert encoder.encoded == 4
+    model = texts(t5, remember=5 * size, uncommitted=size)  # two captions of two words and the end
+    model.encode(["a dog"])
+    model.encode(["a cat"])
+    model.encode(["a dog"])
+    model.encode(["a bird"])  # the cat goes: the dog was used since
+    assert model.encoder.encoded == 3
+    model.encode(["a dog"])
+    assert model.encoder.encoded == 3
+    model.encode(["a cat"])
+    assert model.encoder.encoded == 4
+
+
+def test_what_is_not_committed_yet_is_kept_beyond_that(
+    t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.texts.LOOK_SECONDS", 0)
+    model = texts(t5, str(tmp_path), remember=0)
+    first = model.encode(CAPTIONS)
+    assert model.encode(CAPTIONS) == first and model.encoder.encoded == len(set(CAPTIONS))
+    keys = [digest([caption], 32) for caption in CAPTIONS]
+    commit(tmp_path, "u", keys, first)
+    assert model.encode(["a cat"]) and model.encoder.encoded == len(set(CAPTIONS)) + 1
+    assert list(model._kept) == ["a cat"], "the others are committed by now"
+    assert model.encode(CAPTIONS) == first, "copied, to the bit"
+    assert model.encoder.encoded == len(set(CAPTIONS)) + 1
+
+
+def commit(
+    workdir: Path, unit: str, keys: list[str], texts: list[Text | Failed], voids: Any = ()
+) -> str:
+    """A data file of the stage, as it packs it; returns its path."""
+    rows: list[dict[str, Any]] = []
+    for key, text in zip(keys, texts, strict=True):
+        assert isinstance(text, Text)
+        before = next((i for i, row in enumerate(rows) if row["embedding_key"] == key), None)
+        row = dict.fromkeys(EMBEDDINGS.names) | {
+            "embedding_shape": list(text.shape),
+            "embedding_key": key,
+            "embedding_row": len(rows) if before is None else before,
+            "embedding_tokens": text.tokens,
+            "embedding_truncated": text.truncated,
+        }
+        if before is None:
+            row |= {"embedding": text.values, "embedding_pooled": text.pooled}
+        rows.append(row)
+    rows[0]["embedding_empty"] = b"empty"
+    log = Log(Store(str(workdir)), "embed", "f")
+    table = pa.Table.from_pylist(rows, EMBEDDINGS)
+    made = log.append(unit, len(log.commits(unit)), "", Counts(), table, voids=voids)
+    assert made is not None
+    return str(workdir / log.data_name(unit, made))
+
+
+def test_what_is_committed_is_found_as_long_as_it_is_sound(t5: Path, tmp_path: Path) -> None:
+    made = loaded(t5).encode(CAPTIONS)
+    keys = [digest([caption], 32) for caption in CAPTIONS]
+    stored = StoredEmbeddings(str(tmp_path), "embed", "f")
+    stored.look()
+    assert not len(stored) and stored.empty() is None
+    first = commit(tmp_path, "a", keys[:2], made[:2])
+    second = commit(tmp_path, "b", keys[1:], made[1:])
+    assert not stored.find(keys), "not yet looked for"
+    stored.look()
+    assert len(stored) == len(set(keys)) and stored.empty() == b"empty"
+    found = stored.find([*keys, digest(["another"], 32)])
+    assert found.keys() == set(keys)
+    assert all(found[k]["embedding"] == t.values for k, t in zip(keys, made) if isinstance(t, Text))
+
+    data = bytearray(Path(first).read_bytes())
+    at = data.index(made[0].values if isinstance(made[0], Text) else b"")
+    data[at + 5] ^= 1
+    Path(first).write_bytes(data)
+    assert keys[0] not in stored.find(keys), "a page that is not what was written"
+    Path(second).unlink()
+    assert not stored.find(keys) and stored.empty() is None
+    commit(tmp_path, "a", keys, made)
+    stored.look()
+    assert stored.find(keys).keys() == set(keys), "in a file that is there"
+
+
+def test_what_was_made_void_is_not_copied(t5: Path, tmp_path: Path) -> None:
+    made = loaded(t5).encode(["a dog", "a cat"])
+    dog, cat = ("d" * 32, "c" * 32)
+    stored = StoredEmbeddings(str(tmp_path), "embed", "f")
+    void = Path(commit(tmp_path, "a", [dog], made[:1])).stem
+    stored.look()
+    assert stored.has(dog)
+    commit(tmp_path, "a", [cat], made[1:], voids=[void])
+    for again in (stored, StoredEmbeddings(str(tmp_path), "embed", "f")):
+        again.look()
+        assert again.has(cat) and not again.has(dog) and not again.find([dog])
+    other = "d" * 16 + "e" * 16
+    commit(tmp_path, "b", [other], made[:1])
+    stored.look()
+    assert not stored.find([dog]), "another key that begins with the same digits"
+    assert stored.find([other])
+
+
+def test_what_a_snapshot_holds_is_found(t5: Path, tmp_path: Path) -> None:
+    made = loaded(t5).encode(["a dog", "a cat"])
+    log = Log(Store(str(tmp_path)), "embed", "f")
+    for n in range(3):
+        commit(tmp_path, f"u{n}", [f"{n}" * 32], made[:1])
+    lines = [line_of(f"u{n}", log.commits(f"u{n}")) for n in range(3)]
+    log.store.create(log.next_snapshot(), "\n".join(lines).encode())
+    (tmp_path / log.prefix / "u0" / "000000.json").unlink()
+    commit(tmp_path, "u0", ["f" * 32], made[1:])
+    stored = StoredEmbeddings(str(tmp_path), "embed", "f")
+    stored.look()
+    assert len(stored) == 4 and stored.has("f" * 32) and stored.has("0" * 32)
 
 
 def test_a_long_caption_is_cut_and_counted(t5: Path) -> None:
@@ -323,8 +431,7 @@ def test_without_the_empty_captions_no_row_is_made(
     made = stage(t5)
     model = made.setup()
     full = Failed("out_of_memory", "full")
-    encode = model.encode
-    monkeypatch.setattr(model, "encode", lambda captions: [full, *encode(captions[1:])])
+    monkeypatch.setattr(model.encoder, "encode", lambda captions: [full] * len(captions))
     assert made.process([{"caption": c} for c in CAPTIONS], model) == [full] * len(CAPTIONS)
 
 
@@ -334,7 +441,7 @@ def test_the_file_is_told_about_without_the_tokenizer(
     """Another thread commits, and a tokenizer that cuts for one thread does so for all."""
     made = stage(t5)
     model = made.setup()
-    monkeypatch.setattr(model, "_tokenizer", None)
+    monkeypatch.setattr(model.encoder, "_tokenizer", None)
     assert made.metadata(model)["spec"]["empty_tokens"] == 1
 
 

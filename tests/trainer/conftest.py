@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ import torch
 from embedded import TEXT, write_embeddings
 from networks import make as make_network
 
+from manifests.facts import with_facts
 from manifests.shards import (
     FIRST_FRAME,
     INDEX,
     LATENTS,
     Index,
     LatentSpec,
-    with_facts,
     write_index,
 )
+from manifests.weights import folder_sha256
 from trainer.config import TrainSettings, parse_settings
 from trainer.families import FAMILIES
 
@@ -68,13 +69,16 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
         embedded: bool = False,
         first_frame: bool = False,
         group: int = 3,
+        vae: Path | None = None,
+        encoder: Path | None = None,
+        padding: str = TEXT.padding,
     ) -> Made:
         folder = tmp_path / "work"
         shape_of = shape if callable(shape) else lambda i: shape
         spec = LatentSpec(
-            vae="vaes/tiny",
+            vae=str(vae or "vaes/tiny"),
             vae_class="AutoencoderKL",
-            vae_sha256="ab" * 32,
+            vae_sha256=folder_sha256(vae) if vae else "ab" * 32,
             fingerprint="f" * 16,
             moments=moments,
             channels=SHAPE[0],
@@ -84,6 +88,10 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
             scale=[1.0 / (c + 1) for c in range(SHAPE[0])],
             sampling={"fps": 16.0, "frames": 4, "size": 32, "policy": "time"},
         )
+        text = replace(TEXT, padding=padding)
+        if encoder is not None:
+            sha256 = folder_sha256(encoder)
+            text = replace(text, encoder=str(encoder), encoder_sha256=sha256)
         draw = np.random.default_rng(7)
         clips, texts, shards, rows = {}, {}, {}, []
         number = 0
@@ -138,10 +146,10 @@ def make_index(tmp_path: Path) -> Callable[..., Made]:
                 of = rows[len(rows) - size :]
                 name = f"embed/f/u{s:02}.parquet"
                 shards[name] = folder / name
-                write_embeddings(shards[name], name, of)
+                write_embeddings(shards[name], name, of, text)
         url = str(folder / "index.parquet")
         table = pa.Table.from_pylist(rows, INDEX)
-        facts: dict[str, Any] = {"text": TEXT.to_json()} if embedded else {}
+        facts: dict[str, Any] = {"text": text.to_json()} if embedded else {}
         facts["first_frame"] = first_frame
         write_index(url, str(folder), [table], spec, facts)
         return Made(url, spec, clips, texts, shards)
@@ -191,4 +199,23 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             known[kind] = make_network(kind, tmp_path_factory.mktemp(kind) / FAMILIES[kind].part)
         return known[kind]
 
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny VAE of pictures."""
+    import diffusers
+
+    torch.manual_seed(0)
+    made = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    made.save_pretrained(folder)
     return folder

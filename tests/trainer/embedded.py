@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manifests.shards import EMBEDDINGS, TextSpec, with_facts
+from manifests.facts import with_facts
+from manifests.shards import EMBEDDINGS, TextSpec
 
 TEXT = TextSpec(
     encoder="encoders/tiny",
@@ -32,7 +33,9 @@ def embedding(caption: str | None) -> np.ndarray:
     return np.stack(rows).astype(np.float32)
 
 
-def write_embeddings(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+def write_embeddings(
+    path: Path, name: str, rows: list[dict[str, Any]], spec: TextSpec = TEXT
+) -> None:
     """A shard of the embeddings of `rows` of an index, which are told where they stand: those of
     equal captions once."""
     stored: list[dict[str, Any]] = []
@@ -56,5 +59,5 @@ def write_embeddings(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
         )
         row |= {"text_key": key, "text_shard": name, "text_row": place}
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = with_facts(pa.Table.from_pylist(stored, EMBEDDINGS), {"spec": TEXT.to_json()})
+    table = with_facts(pa.Table.from_pylist(stored, EMBEDDINGS), {"spec": spec.to_json()})
     pq.write_table(table, path, row_group_size=3)

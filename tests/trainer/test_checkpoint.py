@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from trainer import checkpoint as checkpoints
+from trainer import sharding
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import DiTSettings, ModelConfig, TextSettings
 from trainer.order import Position
@@ -56,7 +58,7 @@ def test_a_checkpoint_is_found_again(accelerator: Accelerator, tmp_path: Path) -
     save(accelerator, tmp_path, 9)
     folder = save(accelerator, tmp_path, 10)  # newer than 9, though not by name
     assert checkpoints.latest(tmp_path) == Checkpoint(
-        folder, 10, Position(1, (10, 7), 0, "order"), config()
+        folder, 10, Position(1, (10, 7), 0, "order"), config(), sharding.WHOLE, 1
     )
     assert names(tmp_path) == {"checkpoint-9", "checkpoint-10", "last.json"}
 
@@ -73,6 +75,16 @@ def test_weights_and_optimiser_come_back(
     checkpoints.restore(accelerator, found, config())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert accelerator.step == 0
+
+
+def test_weights_that_were_spread_otherwise_are_refused(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    folder = save(accelerator, tmp_path, 5)
+    found = replace(checkpoints.read(folder), sharding="DeepSpeed's ZeRO-3 spreads them")
+    told = f"ZeRO-3 spreads them, but here {sharding.WHOLE}: start it with the same --accelerate"
+    with pytest.raises(CheckpointError, match=told):
+        checkpoints.restore(accelerator, found, config())
 
 
 def test_only_the_newest_are_kept(accelerator: Accelerator, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from manifests.shards import Index, ShardError, file_facts, with_facts
+from manifests.facts import file_facts, with_facts
+from manifests.shards import Index, ShardError
 from trainer.config import Expect, SettingsError
 from trainer.data import Loader
 from trainer.expected import check_expected

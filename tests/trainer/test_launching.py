@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,16 +11,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pipeline import launching
 from pipeline.config import ConfigError
-from pipeline.launching import Fleet, by_hand, call, fleet, slurm_script
+from pipeline.launching import Fleet, by_hand, call, configuration, fleet, slurm_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,6 +95,40 @@ def test_two_processes_that_are_killed_go_on_bit_for_bit(
         assert torch.equal(value, weights(parts.output)[name]), name
 
 
+def test_where_one_process_dies_the_run_ends(make_index: Any, settings_of: Any) -> None:
+    """The other is not left behind, nor is the port looked for that several nodes would take."""
+    settings = settings_of(make_index(), steps=100_000, save_every=100_000, log_every=1)
+    own = Fleet(2)
+    with (
+        _held(launching.DEFAULT_PORT),
+        subprocess.Popen(
+            own.command(*words(settings)),
+            env={**os.environ, **own.environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stderr is not None
+        for said in process.stderr:
+            if said.startswith("step 2/"):
+                break
+        training = launching.trainers(process.pid)
+        os.kill(training[1], signal.SIGKILL)
+        said = process.stderr.read()
+        assert process.wait(120) != 0
+    assert len(training) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in training)
+    assert "Signal 9 (SIGKILL) received" in said
+
+
+@contextlib.contextmanager
+def _held(port: int) -> Iterator[None]:
+    """Somebody, if not this, listens on the port."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(socket.create_server(("", port)))
+        yield
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_is_handed_on_and_is_no_failure(
     processes: int, make_index: Any, settings_of: Any, capfd: pytest.CaptureFixture[str]
@@ -137,9 +174,27 @@ def test_two_nodes_by_hand(make_index: Any, settings_of: Any, tmp_path: Path) ->
     assert weights(settings.output)
 
 
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as held:
+        port = held.getsockname()[1]
+        first, second = (
+            line
+            for line in by_hand(
+                Fleet(1, nodes=2, head="a", port=port), "trainer.train"
+            ).splitlines()
+            if not line.startswith("#")
+        )
+        done = subprocess.run(["bash", "-c", first], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"port {port} of this machine cannot be used (Address already in use)" in done.stderr
+    assert "--head HOST:PORT" in done.stderr and "torch" not in done.stderr
+    assert "pipeline.port" not in second
+
+
 SRUN = """#!/bin/bash
 # As Slurm's: a task a node; a SIGTERM to srun itself kills them.
 trap 'kill -KILL $tasks' TERM
+[[ $1 == --kill-on-bad-exit=1 ]] && shift
 for rank in 0 1; do SLURM_PROCID=$rank "$@" & tasks="$tasks $!"; done
 echo $tasks > "$NOTED.tasks"
 echo "$SRUN_CPUS_PER_TASK" > "$NOTED.cpus"
@@ -217,6 +272,35 @@ def test_one_process_needs_no_launcher() -> None:
     assert Fleet().environment == {}
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_while_it_is_started_reaches_it(
+    monkeypatch: pytest.MonkeyPatch, signals: int
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *words: Any, **more: Any) -> None:
+            super().__init__(*words, **more)
+            started.append(self)
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def given_up(number: int, frame: Any) -> None:
+        raise InterruptedError("as the command does outside of a training")
+
+    before = signal.signal(signal.SIGTERM, given_up)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    try:
+        code = call([sys.executable, "-c", "import time; time.sleep(600)"])
+        assert -code in (signal.SIGTERM, signal.SIGKILL)
+        assert signal.getsignal(signal.SIGTERM) is given_up
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 def test_gpus_are_started_by_accelerate(tmp_path: Path) -> None:
     made = " ".join(Fleet(8, cpu=False).command("trainer.train"))
     assert "accelerate.commands.launch --multi_gpu" in made
@@ -239,6 +323,30 @@ def test_mistakes_are_told_in_a_sentence(asked: dict[str, Any], told: str) -> No
     words = {"gpus": None, "processes": None, "nodes": 1, "accelerate": None, "head": None}
     with pytest.raises(ConfigError, match=re.escape(told)):
         fleet(**{**words, "here": True, **asked})
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+def test_weights_are_spread_by_name(name: str, tmp_path: Path) -> None:
+    file = configuration(name, here=False)
+    assert file is not None and Path(file).is_absolute()
+    made = yaml.safe_load(Path(file).read_text())
+    assert made["distributed_type"] == ("FSDP" if name == "fsdp2" else "DEEPSPEED")
+    (chosen,) = (made[key] for key in ("fsdp_config", "deepspeed_config") if key in made)
+    assert str(chosen.get("zero_stage", chosen.get("fsdp_version"))) == name[-1]
+
+
+def test_a_configuration_that_cannot_be_used_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "own.yaml"
+    for text, told in (("a: [", "cannot be read"), ("a: 1", "no distributed_type")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            configuration(str(file), here=True)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vidpipe\[deepspeed\]'"):
+        configuration("zero3", here=True)
+    assert configuration("zero3", here=False)
 
 
 def test_there_may_be_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

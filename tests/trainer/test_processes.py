@@ -42,7 +42,7 @@ def test_one_process_goes_on_where_two_stopped(
     """Shapes, order, noise and losses are those of one process from the start to the end."""
     made = make_index(sizes=(20, 10), shape=lambda n: SHAPES[0 if n % 10 < 6 else 1 + n % 2])
     file = tmp_path / "settings.json"
-    common = {"learning_rate": 1e-2, "caption_dropout": 0.5}
+    common = {"learning_rate": 1e-2, "caption_dropout": 0.5, "mixed_precision": "auto"}
     alone = run(settings_of(made, output=str(tmp_path / "alone"), **common), file, 1)
     losses = run(settings_of(made, steps=3, batch_size=2, **common), file, 2)
     losses |= run(settings_of(made, steps=6, **common), file, 1)

@@ -82,23 +82,6 @@ def test_times_fall_to_zero_and_epsilon_keeps_out_of_pure_noise() -> None:
 # ----------------------------------------------------------------------------- pictures
 
 
-@pytest.fixture
-def vae(tmp_path: Path) -> Path:
-    import diffusers
-
-    torch.manual_seed(0)
-    made = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-    )
-    made.save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
-
-
 class Echo:
     """A VAE whose picture is its first three latent channels, and which keeps what it was given."""
 

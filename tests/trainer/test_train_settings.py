@@ -108,4 +108,4 @@ def test_every_setting_is_described() -> None:
             assert field.description, f"{section.__name__}.{name}"
             if isinstance(field.default_factory, type) and field.default_factory is not dict:
                 sections.append(field.default_factory)
-    assert len(sections) == 6
+    assert len(sections) == 7

@@ -30,6 +30,7 @@ class Family(nn.Module):
     pipeline: ClassVar[str]  # the class whose `load_lora_weights` reads the adapters
     part: ClassVar[str] = "transformer"  # of a pipeline: the folder, and the adapters' prefix
     objectives: ClassVar[frozenset[str]] = frozenset({"flow"})  # of pretrained weights
+    blocks: ClassVar[tuple[str, ...]] = ()  # what FSDP gathers at a time, if diffusers doesn't say
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # of LoRA
     from_picture: ClassVar[bool] = False
     # A frame that is told stands in the latents, without noise, and is no part of the loss.
@@ -38,6 +39,9 @@ class Family(nn.Module):
     def __init__(self, net: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.net = net
+        there = {type(module).__name__ for module in net.modules()}
+        blocks = getattr(net, "_no_split_modules", None) or self.blocks
+        self._no_split_modules = [name for name in blocks if name in there]  # accelerate's name
         self.arch: Any = net.config
         self.latents = config.latents
         assert isinstance(config.model, FamilySettings)

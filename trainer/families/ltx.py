@@ -17,6 +17,7 @@ class LTX(Family):
 
     kind = "ltx"
     network = "LTXVideoTransformer3DModel"
+    blocks = ("LTXVideoTransformerBlock",)
     pipeline = "LTXPipeline"
     from_picture = True
     clean_frame = True

@@ -37,6 +37,13 @@ TEMPORAL = ("transformer_in.", ".temp_convs.", ".temp_attentions.")
 class UNet3D(Family):
     kind = "unet3d"
     network = "UNet3DConditionModel"
+    blocks = (
+        "CrossAttnDownBlock3D",
+        "DownBlock3D",
+        "UNetMidBlock3DCrossAttn",
+        "UpBlock3D",
+        "CrossAttnUpBlock3D",
+    )
     pipeline = "TextToVideoSDPipeline"
     part = "unet"
     objectives = frozenset({"epsilon", "v_prediction"})

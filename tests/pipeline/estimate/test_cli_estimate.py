@@ -146,6 +146,26 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     until(lambda: not command.left(), 10)
 
 
+def test_a_second_ctrl_c_leaves_neither_the_sample_nor_secrets(tmp_path: Path) -> None:
+    folder = project(tmp_path / "p", [], ["slow=killers:Slow"])
+    urls = [f"https://u:p{i}@h.invalid/{i}.mp4?token=s{i}" for i in range(8)]
+    rows = [json.dumps({"path": url, "text": f"600 {tmp_path}"}) for url in urls]
+    (folder / "clips.jsonl").write_text("\n".join(rows))
+    temporary, state = tmp_path / "temporary", tmp_path / "state"
+    temporary.mkdir()
+    env = {"TMPDIR": str(temporary), "XDG_STATE_HOME": str(state)}
+    command = Command(folder, "estimate", path=[HERE], env=env)
+    until((tmp_path / "at-work").exists)
+    assert list(temporary.glob("vidpipe-*")) and list(state.glob("vidpipe/*"))
+    command.signal(signal.SIGINT)
+    time.sleep(0.3)
+    command.signal(signal.SIGINT)
+    assert command.wait(30) == 130, command.said
+    assert "stopped at once" in command.said
+    assert not list(temporary.glob("vidpipe-*")) and not list(state.glob("vidpipe/*"))
+    until(lambda: not command.left(), 10)
+
+
 REAL = """\
 workdir: ./work
 source: {kind: folder, path: VIDEOS}

@@ -22,9 +22,11 @@ from pipeline.account import account
 from pipeline.dag import Pipeline, build
 from pipeline.errors import RunError
 from pipeline.estimate.estimate import PREFIX, Estimate, StageEstimate, estimate
+from pipeline.estimate.pilot import _Listener
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
+from stages.encode import BESIDE
 
 
 class Heard(Reporter):
@@ -299,6 +301,18 @@ def test_secrets_of_the_sample_are_forgotten(tmp_path: Path) -> None:
     assert Credentials(p.config.workdir)
     looked(p, clips=20)
     assert Credentials(p.config.workdir)
+
+
+def test_nobody_is_sent_to_latents_that_are_gone() -> None:
+    told: list[str] = []
+
+    class Told(Reporter):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    _Listener(Told()).note(f"warning: latents of clip c do not look like it: 1 dB. {BESIDE} c`")
+    _Listener(Told()).note("12 rows")
+    assert told == ["warning: latents of clip c do not look like it: 1 dB.", "12 rows"]
 
 
 def test_the_sample_is_run_by_a_process_of_its_own(tmp_path: Path) -> None:

@@ -111,13 +111,15 @@ def test_what_is_wrong_is_told(
     tmp_path: Path, setup: Callable[[Encode], Vae], warning: str | None
 ) -> None:
     sampling = Sampling(fps=16, frames=4, size=64)
-    settings = EncodeSettings(device="cpu", check_clips=1)
+    settings = EncodeSettings(device="cpu")
     stage = Encode(settings, Context(str(tmp_path), sampling=sampling))
     path = film(tmp_path / "film.mp4")
     rows = [{"clip_id": f"c{n}", "path": str(path), "start": None, "end": None} for n in range(3)]
     told: list[str] = []
+    model = setup(stage)
+    stage.check_rows(1, 3, model)
     with telling(told.append):
-        stage.process(rows, setup(stage))
+        stage.process(rows, model)
     assert re.fullmatch(r"encode: clip c0, decoded again, has a PSNR of [\d.]+ dB", told[0])
     if warning is None:
         assert len(told) == 1 and float(told[0].split()[-2]) > 22
@@ -127,7 +129,7 @@ def test_what_is_wrong_is_told(
         assert warning in told[1] and told[1].endswith("`vidpipe decode c0`")
 
 
-def test_so_many_clips_a_worker_and_no_result_changes(tmp_path: Path) -> None:
+def test_so_many_clips_as_were_asked_for_and_no_result_changes(tmp_path: Path) -> None:
     tiny("wan").save_pretrained(tmp_path / "vae")
     path = make(tmp_path / "film.mp4", 12, 25)
     rows = [{"clip_id": f"c{n}", "path": str(path), "start": None, "end": None} for n in range(40)]
@@ -136,7 +138,9 @@ def test_so_many_clips_a_worker_and_no_result_changes(tmp_path: Path) -> None:
         settings = EncodeSettings(vae=str(tmp_path / "vae"), device="cpu", check_clips=number)
         sampling = Sampling(fps=25, frames=5, size=32)
         stage = Encode(settings, Context(str(tmp_path), sampling=sampling))
+        assert stage.checks == number
         model = stage.setup()
+        stage.check_rows(number, len(rows), model)
         told: list[str] = []
         with telling(told.append):
             made.append((stage.fingerprint, stage.process(rows[:20], model)))

@@ -1,0 +1,1 @@
+"""Configurations of accelerate for weights that are spread over processes: `--accelerate NAME`."""

@@ -1,0 +1,131 @@
+"""Weights spread over two processes (gloo) by accelerate's configurations, against one process that
+has them all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.launching import Fleet, call, configuration, trainers
+from trainer import models
+from trainer.train import train
+
+ROOT = Path(__file__).parents[2]
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
+KINDS = ["fsdp2", *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero2", "zero3"))]
+
+
+@pytest.fixture(autouse=True)
+def from_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def command(settings: Any, kind: str, processes: int = 2) -> tuple[list[str], dict[str, str]]:
+    file = settings.output.with_suffix(".json")
+    file.write_text(settings.model_dump_json())
+    fleet = Fleet(processes, accelerate=configuration(kind, here=True))
+    return fleet.command("trainer.train", "--config", str(file)), fleet.environment
+
+
+def killed(settings: Any, kind: str, line: str) -> None:
+    """Runs it until it says `line`, then kills the processes that train."""
+    words, environment = command(settings, kind)
+    with subprocess.Popen(
+        words, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for said in process.stderr:
+            if said.startswith(line):
+                break
+        for pid in trainers(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.stderr.read()
+        assert process.wait(120) != 0
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(next(folder.rglob("*.safetensors")))
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_that_of_one_process_and_goes_on_bit_for_bit(
+    kind: str, make_index: Any, settings_of: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With accumulation, clipping, decay, validation and an average of the weights."""
+    made, size = make_index(sizes=(20, 10)), 2
+    same: dict[str, Any] = {
+        "batch_size": size,
+        "gradient_accumulation": 2,
+        "grad_clip": 5.0,
+        "learning_rate": 1e-2,
+        "ema_decay": 0.9,
+        "validation": {"share": 0.3, "every": 1000, "clips": 2},
+        "save_every": 2,
+    }
+
+    def of(name: str, steps: int, **values: Any) -> Any:
+        return settings_of(made, output=str(tmp_path / name), steps=steps, **{**same, **values})
+
+    killed(of("parts", 100_000), kind, "step 3/")
+    saved = [f for f in (tmp_path / "parts").glob("checkpoint-*") if not f.suffix]
+    steps = max(int(f.name.split("-")[1]) for f in saved) + 2
+    for name in ("parts", "whole"):
+        words, environment = command(of(name, steps), kind)
+        assert call(words, environment) == 0
+    assert "goes on from" in capfd.readouterr().err
+    parts, whole = (weights(tmp_path / name / "model") for name in ("parts", "whole"))
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+
+    alone = train(of("alone", steps, batch_size=2 * size)).parent / "model"
+    said = capfd.readouterr().err.splitlines()
+    assert any(line.startswith(f"step {steps}/{steps}  validation") for line in said)
+    for name, value in weights(alone).items():
+        torch.testing.assert_close(whole[name], value, rtol=1e-3, atol=1e-3)
+    # The average is what is exported, and what a checkpoint is sampled with.
+    newest = tmp_path / "whole" / f"checkpoint-{steps}"
+    loaded, averaged = models.load(newest)[0].state_dict(), load_file(newest / "ema.safetensors")
+    assert averaged.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, averaged[name]) and torch.equal(value, loaded[name])
+    (newest / "ema.safetensors").unlink()
+    for name, value in models.load(newest)[0].state_dict().items():
+        assert not torch.equal(value, whole[name])
+        torch.testing.assert_close(value, loaded[name], rtol=0.5, atol=0.05)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_in_half_precision_are_those_of_one_process(
+    kind: str, make_index: Any, settings_of: Any, network: Any, tmp_path: Path
+) -> None:
+    made = make_index(embedded=True, first_frame=True)
+    same: dict[str, Any] = {
+        "steps": 2,
+        "learning_rate": 1e-2,
+        "mixed_precision": "bf16",
+        "text": {"kind": "stored"},
+        "model": {"kind": "wan", "path": str(network("wan")), "lora": {"rank": 2}},
+    }
+    words, environment = command(settings_of(made, batch_size=2, **same), kind)
+    assert call(words, environment) == 0
+    alone = train(settings_of(made, output=str(tmp_path / "alone"), **same)).parent / "model"
+    one, two = (weights(folder) for folder in (alone, tmp_path / "out" / "model"))
+    assert one.keys() == two.keys()
+    moved = [name for name, value in one.items() if "lora_B" in name and value.any()]
+    assert moved
+    for name, value in one.items():
+        torch.testing.assert_close(two[name].float(), value.float(), rtol=0.2, atol=2e-3)
