@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 
 help:
 	@echo "make demo    install, then the main job on made clips (two minutes)"
-	@echo "make test    install, then all tests"
+	@echo "make test    install, then all tests, JOBS=2 at once"
 	@echo "make test-vllm  captions through vLLM itself, in an environment of its own"
 	@echo "make fuzz    FILES=2000 damaged videos, each accounted for (../shared/data)"
 	@echo "make faults  ROUNDS=200 crashes of a real run, and what comes of it"
@@ -39,7 +39,7 @@ demo: install
 	$(BIN)/vidpipe demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(or $(JOBS),2)
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest $(or $(TESTS),tests/stages/on_vllm tests/stages/test_engine_vllm.py)

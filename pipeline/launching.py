@@ -27,6 +27,9 @@ TRAINER = "trainer.train"
 DEFAULT_PORT = 29500  # that the first of several nodes listens on
 # What a launcher that is told to stop gives its processes to save: PyTorch's own is 30 s.
 SAVING_SECONDS = 1800
+# PyTorch would leave a folder for the processes' logs in the system's temporary one; these log to
+# where this one does.
+NO_LOGS = f"--log_dir={os.devnull}"
 # Before Slurm's time is up.
 NOTICE_SECONDS = 600
 # In the commands of nodes, until they are known.
@@ -72,7 +75,8 @@ class Fleet:
         if self.cpu and self.accelerate is None:
             there = [f"--nnodes={self.nodes}", f"--node-rank={RANK}", f"--master-addr={HEAD}"]
             place = [*there, f"--master-port={PORT}"] if several else ["--standalone"]
-            launcher = ["torch.distributed.run", f"--nproc-per-node={self.processes}", *place]
+            each = f"--nproc-per-node={self.processes}"
+            launcher = ["torch.distributed.run", each, NO_LOGS, *place]
         else:
             place = [f"--main_process_port={PORT if several else 0}"]  # 0: any that is free
             if several:
@@ -89,6 +93,7 @@ class Fleet:
                 f"--num_processes={total}",
                 f"--num_machines={self.nodes}",
                 *place,
+                NO_LOGS,
             ]
         return [sys.executable, "-m", *launcher, "-m", *trainer]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from pipeline.workers import stop
 # Only names of units pass through the object store.
 OBJECT_STORE_BYTES = 128 << 20
 POLL_SECONDS = 0.5
+# Of a temporary folder's name: a socket's has 107 characters at most, and 53 are added to it.
+LONGEST = 50
 
 
 @contextlib.contextmanager
@@ -49,10 +52,25 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
     if run.address is not None:
         runtime_env = {"env_vars": {"PYTHONPATH": path}}
         options = {"address": run.address, "runtime_env": runtime_env}
-    try:
+    with contextlib.ExitStack() as stack:
+        own = {"PYTHONPATH": path}
+        if run.address is None:
+            # Its dashboard leaves a folder behind: in one that is removed. Ray's logs stay where
+            # they are looked for.
+            logs = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
+            above = tempfile.gettempdir()
+            if len(above) > LONGEST:
+                above = logs
+                Path(above).mkdir(parents=True, exist_ok=True)
+            place = tempfile.TemporaryDirectory(
+                prefix="vidpipe-ray-", dir=above, ignore_cleanup_errors=True
+            )
+            own |= {"RAY_TMPDIR": logs, "TMPDIR": place.name}
+            stack.enter_context(place)
+        stack.callback(ray.shutdown)
         with stop.raised():
             try:
-                with _environment("PYTHONPATH", path), _muted_stderr():
+                with _environment(own), _muted_stderr():
                     context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # bare ones where parts of Ray come too late
                 where = run.address or "this machine"
@@ -65,8 +83,6 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
                 _await_nodes(run, report)
         there = ray.cluster_resources()
         yield Offer(there.get("CPU", 0.0), usable_gpus(run, there.get("GPU", 0.0)))
-    finally:
-        ray.shutdown()
 
 
 def _await_nodes(run: RunSettings, report: Reporter) -> None:
@@ -97,13 +113,14 @@ def _muted_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -195,8 +196,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# Devices of GPUs' drivers: NVIDIA's on servers, on Jetson and on Windows' Linux, AMD's.
+_DRIVERS = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd")
+
+
 def gpus_here() -> int:
     """GPUs that processes of this machine may use."""
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DRIVERS):
+        return 0
     import torch  # takes seconds
 
     return torch.cuda.device_count()

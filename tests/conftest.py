@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+from parallel import (
+    ON_RAY,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_xdist_make_scheduler,
+)
 from s3_faults import ENVIRONMENT, Proxy, s3_server
+
+__all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_xdist_make_scheduler"]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -23,12 +33,53 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What vidpipe remembers between commands stays out of the user's home."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What vidpipe remembers between commands stays out of the user's home, and what is temporary
+    out of the system's folder: yields what stands in for that one. Beside it there is place for
+    more whose names are short, and it is removed at the end."""
+    caches, states = (str(tmp_path_factory.mktemp(name)) for name in ("cache", "state"))
+    # Ray and multiprocessing make sockets there, and their names have to be short.
+    with tempfile.TemporaryDirectory(prefix="vp-", ignore_cleanup_errors=True) as place:
+        temporary = Path(place, "t")
+        temporary.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", caches)
+            patch.setenv("XDG_STATE_HOME", states)
+            patch.setenv("RAY_TMPDIR", place)
+            patch.setenv("TMPDIR", str(temporary))
+            patch.setattr(tempfile, "tempdir", None)
+            yield temporary
+
+
+@pytest.fixture(autouse=True)
+def listed_if_on_ray(own_folders: Path, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test on Ray that `make test` takes for another one."""
+
+    def sessions() -> set[Path]:
+        return set(own_folders.with_name("ray").glob("session_2*"))
+
+    before = sessions()
+    yield
+    file = request.node.nodeid.partition("::")[0]
+    assert file in ON_RAY or not sessions() - before, f"add {file} to ON_RAY in tests/parallel.py"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(own_folders: Path) -> Iterator[None]:
+    """Of any test in the system's temporary folder, but for what PyTorch caches there and what
+    wandb clears away when this process ends. What kills with SIGKILL gives the victim a TMPDIR of
+    its own."""
+
+    def there() -> set[str]:
+        names = {path.name for path in own_folders.iterdir()}
+        return {name for name in names if "torchinductor" not in name and "wandb" not in name}
+
+    before = there()
+    yield
+    deadline = time.monotonic() + 10  # Ray's processes may need some seconds to be gone
+    while (left := there() - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, "files were left in the temporary folder"
 
 
 @pytest.fixture(scope="session")

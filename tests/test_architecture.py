@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from parallel import ON_RAY
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("manifests", "stages", "pipeline", "trainer")
@@ -45,6 +46,10 @@ def test_nothing_is_imported_against_the_arrows(package: str) -> None:
         if imported(file) & FORBIDDEN[package]
     }
     assert not wrong
+
+
+def test_the_tests_on_ray_are_where_they_are_listed() -> None:
+    assert [name for name in ON_RAY if not (ROOT / name).is_file()] == []
 
 
 def test_ray_is_in_its_runner_alone() -> None:

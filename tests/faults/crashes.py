@@ -89,6 +89,7 @@ class Harness:
         self.chance = Random(seed)
         self.report = Report()
         make_videos(folder / "videos")
+        (folder / "t").mkdir()  # what is killed can't clean up
         whole = make_project(folder / "undisturbed")
         began = time.monotonic()
         command = self._command(whole, "run", "--runner", "local", plan=None)
@@ -255,7 +256,10 @@ class Harness:
         self._begun.clear()
 
     def _command(self, file: Path, *words: str, plan: Path | None) -> Command:
-        env = {"OMP_NUM_THREADS": "1"}  # torch's threads would wait for each other more than work
+        env = {
+            "OMP_NUM_THREADS": "1",  # torch's threads would wait for each other more than work
+            "TMPDIR": str(self.folder / "t"),
+        }
         if plan is not None:
             env["CRASH_PLAN"] = str(plan)
         return Command(file.parent, *words, path=[HERE / "inject"], env=env)

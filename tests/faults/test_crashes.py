@@ -21,8 +21,8 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
-    return Harness(tmp_path_factory.mktemp("crashes"), seed=0)
+def harness(own_folders: Path) -> Harness:
+    return Harness(own_folders.with_name("crashes"), seed=0)
 
 
 def test_nothing_is_lost_doubled_or_different_after_crashes(harness: Harness) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -223,7 +224,9 @@ def test_globs_of_text_tables_count_lines_per_file(table, tmp_path):
     assert resolve_root(settings) == str(tmp_path)
 
 
-def test_tables_inside_of_archives_and_caches(tmp_path):
+def test_tables_inside_of_archives_and_caches(tmp_path, monkeypatch):
+    # fsspec's caches stay until this process ends.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("t/a.csv", "path\na.mp4\n")
         archive.writestr("t/prompts.txt", "p\n")

@@ -73,7 +73,7 @@ class Command:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 240) -> int:
         return self.process.wait(seconds)
 
     @property
@@ -103,7 +103,7 @@ class Command:
         return bool(int(caught.split()[1], 16) >> 14 & 1)
 
 
-def until(true: Callable[[], object], seconds: float = 90) -> None:
+def until(true: Callable[[], object], seconds: float = 240) -> None:
     """Waits for it; raises AssertionError where it does not come."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -53,6 +53,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def encoded(project: Path) -> Path:
+    """The project once it has run."""
+    assert vidpipe(project, "run", "encode").returncode == 0
+    return project
+
+
 def vidpipe(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.cli", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
@@ -151,10 +158,9 @@ def test_show_selects_rows_and_columns_in_every_format(project: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
-    project: Path, words: Sequence[str], told: str
+    encoded: Path, words: Sequence[str], told: str
 ) -> None:
-    vidpipe(project, "run", "encode")
-    done = vidpipe(project, *words)
+    done = vidpipe(encoded, *words)
     assert done.returncode == 2, done.stderr
     assert told in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
@@ -167,11 +173,11 @@ def test_a_replaced_file_is_noticed(tmp_path: Path) -> None:
     )
     video(tmp_path / "videos" / "a.mp4", 48)
     video(tmp_path / "videos" / "b.mp4", 48)
-    vidpipe(tmp_path, "run", "encode")
+    vidpipe(tmp_path, "run", "probe")
     video(tmp_path / "videos" / "a.mp4", 60)
-    ran = vidpipe(tmp_path, "run", "encode")
+    ran = vidpipe(tmp_path, "run", "probe")
     assert "source: 2 rows, 0 new, 1 changed" in ran.stderr
-    rows = objects(vidpipe(tmp_path, "show", "encode").stdout)
+    rows = objects(vidpipe(tmp_path, "show", "probe").stdout)
     assert [(row["uri"], row["num_frames"], row["outcome"]) for row in rows] == [
         ("b.mp4", 48, "kept"),
         ("a.mp4", 60, "kept"),
@@ -232,14 +238,13 @@ def test_the_source_can_be_looked_at_before_and_after(tmp_path: Path) -> None:
     ]
 
 
-def test_a_stage_may_follow_retry_failed(project: Path) -> None:
-    vidpipe(project, "run", "encode")
-    done = vidpipe(project, "run", "download", "--retry-failed", "all")
+def test_a_stage_may_follow_retry_failed(encoded: Path) -> None:
+    done = vidpipe(encoded, "run", "download", "--retry-failed", "all")
     assert done.returncode == 0 and "download: 1 of 1 rows" in done.stderr
-    done = vidpipe(project, "run", "--retry-failed", "download")
+    done = vidpipe(encoded, "run", "--retry-failed", "download")
     assert done.returncode == 0 and "no failed row is worth another try" in done.stderr
     assert "(1 missing_file)" in done.stderr
-    done = vidpipe(project, "run", "encode", "--retry-failed", "not_a_video")
+    done = vidpipe(encoded, "run", "encode", "--retry-failed", "not_a_video")
     assert "probe: 1 of 1 rows" in done.stderr and "download: 1" not in done.stderr
 
 

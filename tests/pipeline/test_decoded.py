@@ -14,6 +14,9 @@ from PIL import Image
 from pipeline import config, dag
 from pipeline.config import ConfigError
 from pipeline.decoded import decode, find
+from pipeline.report import Reporter
+from pipeline.run import run
+from pipeline.unit import Retry
 from stages.demo.shapes import make_demo
 
 YAML = """\
@@ -26,15 +29,23 @@ run: {runner: local, unit_size: 8}
 """
 
 
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A project that has run, and what the run said."""
     folder = tmp_path_factory.mktemp("project")
     make_demo(folder, 16)
     (folder / "vidpipe.yaml").write_text(YAML)
-    run = Command(folder, "run")
-    assert run.wait(240) == 0, run.said
-    return folder, run.said
+    command = Command(folder, "run")
+    assert command.wait(240) == 0, command.said
+    return folder, command.said
 
 
 def test_a_run_tells_how_like_its_clips_are(made: tuple[Path, str]) -> None:
@@ -101,11 +112,12 @@ def test_a_source_that_is_gone(made: tuple[Path, str], tmp_path: Path) -> None:
 
 
 def test_a_window_is_compared_with_its_own_frames(made: tuple[Path, str], tmp_path: Path) -> None:
-    more = ("--set", "sampling.windows=2", "--set", "run.isolate=false")
-    run = Command(made[0], "run", *more)
-    assert run.wait(240) == 0, run.said
-    assert run.said.count("decoded again") == 3, "told without a process of its own, too"
-    pipeline = dag.build(config.load(str(made[0] / "vidpipe.yaml"), ("sampling.windows=2",)))
+    own = ("sampling.windows=2", "run.isolate=false")
+    pipeline = dag.build(config.load(str(made[0] / "vidpipe.yaml"), own))
+    heard = Heard()
+    assert not run(pipeline, (), Retry(), heard).faults
+    told = [note for note in heard.notes if "decoded again" in note]
+    assert len(told) == 3, "told without a process of its own, too"
     every = find(pipeline, [], 1000)
     parent = every[0].source["clip_id"]
     windows = [found.clip for found in every if found.source["clip_id"] == parent]

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -17,7 +18,9 @@ from toys import Length, Limit, Shout, pipeline
 
 from manifests.log import Counts
 from pipeline import query
+from pipeline.config import RunSettings
 from pipeline.errors import RunError
+from pipeline.ray_cluster import cluster
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Receipt, Retry
@@ -78,6 +81,33 @@ def test_the_same_manifest_as_the_loop(
     assert any(note.startswith("Ray dashboard: http://127.0.0.1:") for note in heard.notes)
     assert any(note.startswith("pass 1: length") for note in heard.notes)
     assert not rays(), "processes were left"
+
+
+@pytest.mark.parametrize("name", ["t", "long" * 15])
+def test_a_ray_that_does_not_start_leaves_nothing(
+    tmp_path: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import ray
+
+    temporary = own_folders.with_name(name)
+    temporary.mkdir(exist_ok=True)
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    given: list[Path] = []
+
+    def late(**options: Any) -> None:
+        given.append(Path(os.environ["TMPDIR"]))
+        assert given[0].is_dir() and os.environ["RAY_TMPDIR"] == str(own_folders.parent)
+        raise Exception("the node timed out")
+
+    monkeypatch.setattr(ray, "init", late)
+    before = dict(os.environ)
+    with pytest.raises(RunError, match="timed out"), cluster(RunSettings(), tmp_path, Reporter()):
+        pass
+    assert {name: os.environ.get(name) for name in before} == before
+    assert not given[0].exists()
+    # For names of sockets, where the folder's own is too long: the one of Ray's logs.
+    assert given[0].parent == (temporary if name == "t" else own_folders.parent)
 
 
 def test_an_exception_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:

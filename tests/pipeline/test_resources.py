@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,16 @@ from toys import Length, Limit, Shout, pipeline
 
 from pipeline import ray_data
 from pipeline.config import ConfigError, RunSettings
-from pipeline.resources import Offer, Workers, check_workdir, cut, passes, share, usable_gpus
+from pipeline.resources import (
+    Offer,
+    Workers,
+    check_workdir,
+    cut,
+    gpus_here,
+    passes,
+    share,
+    usable_gpus,
+)
 from stages.base import Stage
 
 
@@ -87,6 +98,20 @@ def test_two_models_never_share_a_gpu() -> None:
     assert chained(gpus, Offer(64, 2)) == [("probe", "caption", "encode")]
     why = passes(gpus, Offer(64, 1), "auto", list(gpus))[0].why
     assert "encode beside caption would take more GPUs" in why
+
+
+def test_gpus_are_counted_as_torch_counts_them_and_without_it_where_there_are_none() -> None:
+    code = (
+        "import sys; from pipeline.resources import gpus_here;"
+        "print(gpus_here(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    import torch
+
+    assert gpus_here() == torch.cuda.device_count()
+    assert done.stdout.split()[0] == str(gpus_here())
+    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
+        assert done.stdout.split()[1] == "False"
 
 
 def test_a_stage_whose_equal_rows_go_to_one_worker_stands_alone() -> None:

@@ -217,12 +217,14 @@ def gone(process: int) -> bool:
 @pytest.mark.parametrize("runner", ["local", "ray"])
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "at its end"])
 def test_what_a_stage_has_started_dies_with_its_worker(
-    tmp_path: Path, runner: str, killed: bool
+    tmp_path: Path, own_folders: Path, runner: str, killed: bool
 ) -> None:
     more = f"  parent: {{use: 'killers:Parent', folder: {tmp_path}}}\n"
     captions = ["hang" if killed else "fine"]
     made = project(tmp_path, captions, more=f"stages:\n{more}")
-    command = Command(made, "run", "--runner", runner)
+    temporary = own_folders.with_name(f"{runner}-{killed}")
+    temporary.mkdir()  # what is killed can't clean up
+    command = Command(made, "run", "--runner", runner, env={"TMPDIR": str(temporary)})
     note = tmp_path / "child"
     until(lambda: note.exists() and note.read_text())
     child = int(note.read_text())

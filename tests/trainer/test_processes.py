@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from networks import make
 from safetensors.torch import load_file
 
+from pipeline.launching import Fleet
 from trainer.config import TrainSettings
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +22,8 @@ SHAPES = ((4, 4, 2, 2), (4, 4, 2, 4), (4, 2, 4, 2))
 def run(settings: TrainSettings, file: Path, processes: int) -> dict[int, float]:
     """The losses by step."""
     file.write_text(settings.model_dump_json())
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *several * (processes > 1)]
     done = subprocess.run(
-        [*command, "-m", "trainer.train", "--config", str(file)],
+        Fleet(processes).command("trainer.train", "--config", str(file)),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,

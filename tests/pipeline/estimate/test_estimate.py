@@ -112,7 +112,8 @@ def test_the_truth_is_where_the_intervals_say(tmp_path: Path) -> None:
 def test_the_truth_is_there_as_often_as_it_should(tmp_path: Path) -> None:
     """By what is counted, which no busy machine disturbs: 90% intervals, 14 samples."""
     captions = naps(400, 25.0)
-    p = pipeline(tmp_path, captions, (Nap, Gate, Dream), {"nap": {"pace": 0.0}})
+    rows = {"unit_size": 50}
+    p = pipeline(tmp_path, captions, (Nap, Gate, Dream), {"nap": {"pace": 0.0}}, rows)
     held = 0
     for seed in range(14):
         ms = of(looked(p, ["nap"], 60, seed=seed), "nap").amounts["ms"]
@@ -134,7 +135,8 @@ def test_the_workdir_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_sample_follows_from_the_seed_and_is_spread_over_the_source(tmp_path: Path) -> None:
-    p = pipeline(tmp_path, [f"0 x{i}" for i in range(400)], (Nap, Gate, Dream))
+    captions = [f"0 x{i}" for i in range(400)]
+    p = pipeline(tmp_path, captions, (Nap, Gate, Dream), run={"unit_size": 20})
     shares = [looked(p, ["gate"], 200, seed=seed) for seed in (5, 5, 6)]
     assert of(shares[0], "gate").tried == of(shares[1], "gate").tried
     drops = pipeline(
