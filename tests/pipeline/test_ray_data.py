@@ -176,10 +176,15 @@ def test_counters_per_stage_and_outcome_are_exported(
     }, heard.samples
 
 
-def test_a_cluster_that_brings_its_workers_is_waited_for(tmp_path: Path) -> None:
+def test_a_cluster_that_brings_its_workers_is_waited_for(
+    tmp_path: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A head without CPUs, as in cluster.yaml; a node comes once it is asked for."""
     from ray.cluster_utils import Cluster
 
+    place = own_folders.with_name("head")  # where its dashboard leaves a folder behind
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 
     class Autoscaler(Heard):
