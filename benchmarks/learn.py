@@ -48,9 +48,6 @@ train:
   learning_rate: 1.0e-3
   lr_schedule: cosine
   warmup: 50
-  objective: v_prediction
-  schedule: cosine
-  zero_terminal_snr: true
   shift: 3
   model: {{patch: [4, 2, 2], width: 192, depth: 4, heads: 6}}
   text: {{layers: 0}}
@@ -185,7 +182,7 @@ if __name__ == "__main__":
             "--clips": {"type": int, "default": 1500},
             "--steps": {"type": int, "default": 3000},
             "--samples": {"type": int, "default": 64},
-            "--guidance": {"type": float, "default": 1.5},
+            "--guidance": {"type": float, "default": 2.0},
             "--folder": {"type": Path, "help": "kept, and gone on from; default: one that goes"},
         },
     )
