@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from manifests.joins import array
 from manifests.log import Commit, History, Log
@@ -116,12 +117,12 @@ class StoredEmbeddings:
         """The keys of a file's embeddings, and the rows that hold them."""
         try:
             table = self._log.store.read_parquet(name, _PLACE)
-        except StoreError:
-            return np.empty(0, np.uint64), np.empty(0, np.int32)
-        rows = array(table, "embedding_row").fill_null(-1).to_numpy()
-        bears = np.flatnonzero(rows == np.arange(len(rows)))
-        keys = array(table, "embedding_key").take(bears).to_pylist()
-        return np.array(list(map(_short, keys)), np.uint64), bears.astype(np.int32)
+            rows = array(table, "embedding_row").fill_null(-1).to_numpy()
+            bears = np.flatnonzero(rows == np.arange(len(rows)))
+            keys = array(table, "embedding_key").take(bears).to_pylist()
+            return np.array(list(map(_short, keys)), np.uint64), bears.astype(np.int32)
+        except (StoreError, pa.ArrowException, KeyError, TypeError, ValueError):
+            return np.empty(0, np.uint64), np.empty(0, np.int32)  # damaged: `verify` tells of it
 
     def _joined(self, parts: list[_Places]) -> _Places:
         """Each key once, in none of the files that are gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from manifests.log import Counts, Log, line_of
@@ -63,3 +64,25 @@ def test_a_long_look_gives_signs_of_life(tmp_path: Path) -> None:
     stored.look(lambda: heard.append(len(stored)))
     assert len(heard) == 8, "for each commit, and for each file"
     assert len(stored) == 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pa.table({"of": ["another program"]}),
+        pa.table({"embedding_key": ["no digits"], "embedding_row": pa.array([0], pa.int32())}),
+        pa.table({"embedding_key": [None], "embedding_row": pa.array([0], pa.int32())}),
+        pa.table({"embedding_key": [1], "embedding_row": ["0"]}),
+    ],
+)
+def test_a_file_that_is_none_of_embeddings_counts_as_not_there(
+    tmp_path: Path, other: pa.Table
+) -> None:
+    log = Log(Store(str(tmp_path)), "embed", "f")
+    committed(log, "u0", "a" * 32)
+    (data,) = tmp_path.glob("embed/f/u0/*.parquet")
+    pq.write_table(other, data)
+    committed(log, "u1", "b" * 32)
+    stored = StoredEmbeddings(str(tmp_path), "embed", "f")
+    stored.look()
+    assert len(stored) == 1 and stored.find(["a" * 32, "b" * 32]).keys() == {"b" * 32}
