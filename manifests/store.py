@@ -269,10 +269,16 @@ class Store:
         known: pa.Table | None = self._recent.get(key)
         if known is not None:
             return known
+        # A driver far away would read tens of MiB ahead, through payload that nobody asked for.
+        far: dict[str, Any] = {} if self.local else {"cache_type": "none"}
         try:
-            with self._told("read", name, missing=True), self.fs.open(self.path(name)) as file:
+            with (
+                self._told("read", name, missing=True),
+                self.fs.open(self.path(name), **far) as file,
+            ):
+                parquet = pq.ParquetFile(file, pre_buffer=not self.local)
                 # A unit's columns are small: handing them to threads takes longer than they do.
-                read = pq.ParquetFile(file).read(columns and list(columns), use_threads=False)
+                read = parquet.read(columns and list(columns), use_threads=False)
                 table = read.replace_schema_metadata(None)
                 self._recent.put(key, table)
                 return table

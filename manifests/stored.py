@@ -6,13 +6,14 @@ collected and made anew by itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from manifests.joins import array
 from manifests.log import Commit, History, Log
@@ -55,7 +56,8 @@ class StoredEmbeddings:
     def __init__(self, workdir: str, stage: str, fingerprint: str) -> None:
         self._workdir = workdir
         self._log = Log(Store(workdir), stage, fingerprint)
-        self._seen: set[str] = set()  # commits, by name, and units of which a snapshot was read
+        self._units: set[str] = set()
+        self._seen: set[str] = set()  # names of commits
         self._void: set[str] = set()  # attempts
         self._files: list[str] = []
         self._gone: set[int] = set()  # files, by number
@@ -64,51 +66,63 @@ class StoredEmbeddings:
     def __len__(self) -> int:
         return len(self._places.keys)
 
-    def look(self) -> None:
-        """Takes in what was committed since the last time. Raises StoreError."""
+    def look(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Takes in what was committed since the last time, and calls `alive` as it goes on. Raises
+        StoreError."""
         fresh: dict[str, Commit] = {}
-        for unit, history in self._log.units().items():
-            for commit in self._unseen(unit, history):
+        with ThreadPoolExecutor(_READERS) as pool:
+            for unit, commit in self._unseen(pool):
+                alive()
                 self._void |= set(commit.voids)
                 if commit.data is not None:
                     fresh[self._log.data_name(unit, commit)] = commit
-        gone = {f"{attempt}.parquet" for attempt in self._void}
-        self._gone |= {n for n, f in enumerate(self._files) if f.rsplit("/", 1)[1] in gone}
-        parts = [self._places]
-        names = [name for name, commit in fresh.items() if commit.attempt not in self._void]
-        with ThreadPoolExecutor(_READERS) as pool:
+            gone = {f"{attempt}.parquet" for attempt in self._void}
+            self._gone |= {n for n, f in enumerate(self._files) if f.rsplit("/", 1)[1] in gone}
+            parts = [self._places]
+            names = [name for name, commit in fresh.items() if commit.attempt not in self._void]
             for name, (keys, rows) in zip(names, pool.map(self._read, names)):
+                alive()
                 files = np.full(len(rows), len(self._files), np.int32)
                 self._files.append(name)
                 parts.append(_Places(keys, files, rows))
         if len(parts) > 1 or self._gone:
             self._places = self._joined(parts)
 
-    def _unseen(self, unit: str, history: History) -> Iterator[Commit]:
-        """Commits never change, so each is read once, and no snapshot that came later: whatever it
-        holds stood outside of it before."""
-        snapshot = f"{unit}/"
-        if history.old is not None and snapshot not in self._seen:
-            yield from self._log.commits(unit, History(history.old))
-        self._seen.add(snapshot)
-        for name in history.loose:
-            if name not in self._seen:
-                self._seen.add(name)
-                try:
-                    yield self._log.commit(name)
-                except (StoreError, FileNotFoundError):
-                    continue  # damaged, or collected since the listing: nothing to copy from
+    def _unseen(self, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Commit]]:
+        """Commits, with their units, each once, as they never change: of those that a snapshot
+        holds what stands there, and no snapshot that came later, as what it holds stood outside of
+        it before."""
+        loose: list[tuple[str, str]] = []
+        for unit, history in self._log.units().items():
+            held: list[Commit] = []
+            if history.old is not None and unit not in self._units:
+                held = self._log.commits(unit, History(history.old))
+            self._units.add(unit)
+            yield from ((unit, commit) for commit in held)
+            fresh = [name for name in history.loose if name not in self._seen]
+            self._seen.update(fresh)
+            loose += [(unit, name) for name in fresh if int(name[-11:-5]) >= len(held)]
+        commits = pool.map(self._commit, (name for _, name in loose))
+        for (unit, _), commit in zip(loose, commits):
+            if commit is not None:
+                yield unit, commit
+
+    def _commit(self, name: str) -> Commit | None:
+        try:
+            return self._log.commit(name)
+        except (StoreError, FileNotFoundError):
+            return None  # damaged, or collected since the listing: nothing to copy from
 
     def _read(self, name: str) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]:
         """The keys of a file's embeddings, and the rows that hold them."""
         try:
             table = self._log.store.read_parquet(name, _PLACE)
-        except StoreError:
-            return np.empty(0, np.uint64), np.empty(0, np.int32)
-        rows = array(table, "embedding_row").fill_null(-1).to_numpy()
-        bears = np.flatnonzero(rows == np.arange(len(rows)))
-        keys = array(table, "embedding_key").take(bears).to_pylist()
-        return np.array(list(map(_short, keys)), np.uint64), bears.astype(np.int32)
+            rows = array(table, "embedding_row").fill_null(-1).to_numpy()
+            bears = np.flatnonzero(rows == np.arange(len(rows)))
+            keys = array(table, "embedding_key").take(bears).to_pylist()
+            return np.array(list(map(_short, keys)), np.uint64), bears.astype(np.int32)
+        except (StoreError, pa.ArrowException, KeyError, TypeError, ValueError):
+            return np.empty(0, np.uint64), np.empty(0, np.int32)  # damaged: `verify` tells of it
 
     def _joined(self, parts: list[_Places]) -> _Places:
         """Each key once, in none of the files that are gone."""

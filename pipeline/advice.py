@@ -28,18 +28,27 @@ def _of_missing_captions(pipeline: Pipeline) -> list[str]:
     rewrites = pipeline.stages.get("recaption")
     if not isinstance(rewrites, Recaption) or "caption" not in rewrites.template.columns:
         return []
+    seen = 0
     try:
-        seen = [row.caption for row in islice(read(pipeline.config.source), SEEN)]
+        for row in islice(read(pipeline.config.source), SEEN):
+            if row.caption and row.caption.strip():
+                return []
+            seen += 1
     except SourceError:
         return []  # is told by whoever takes its rows in
-    if not seen or any(caption and caption.strip() for caption in seen):
+    if not seen:
         return []
-    rows = "no row" if len(seen) < SEEN else f"none of the first {SEEN} rows"
+    rows = "no row" if seen < SEEN else f"none of the first {SEEN} rows"
+    remedy = (
+        "have it rewrite descriptions alone (recaption.preset: rewrite-described), name the "
+        "caption as one that may be empty, {caption?},"
+        if "describe" in pipeline.stages
+        else "have captions written of what is seen by a section `describe` (and rewritten by "
+        "recaption.preset: rewrite-described),"
+    )
     return [
         f"{rows} of the source has a caption, and recaption, whose prompt is about {{caption}}, "
-        "rejects those without one: have captions written of what is seen by a section `describe` "
-        "(and rewritten by recaption.preset: rewrite-described), or leave recaption out "
-        "(recaption.enabled: false)"
+        f"rejects those without one: {remedy} or leave recaption out (recaption.enabled: false)"
     ]
 
 

@@ -66,7 +66,7 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
                 prefix="vidpipe-ray-", dir=above, ignore_cleanup_errors=True
             )
             own |= {"RAY_TMPDIR": logs, "TMPDIR": place.name}
-            stack.enter_context(place)
+            stack.enter_context(stop.cleaning(place.cleanup))
         stack.callback(ray.shutdown)
         with stop.raised():
             try:

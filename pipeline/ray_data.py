@@ -223,7 +223,7 @@ def _step(job: Job, tally: Any, checks: Looks) -> Callable[[dict[str, Any], Runs
                 receipt = worker.run(
                     job, unit, driver, (number, parts), checks.get((unit, number), 0)
                 )
-                tally.unit.remote(receipt, parts)
+                tally.unit.remote(receipt, number, parts)
                 for what, n in receipt.amounts.items():
                     if n > 0:  # Ray refuses to add nothing
                         made.inc(n, {"stage": receipt.stage, "what": what})

@@ -28,7 +28,8 @@ GIB = 1 << 30
 PART_ROWS = (16, 2048)
 # Units or parts that each worker gets at least, where there are enough: the last ones end together.
 ROUNDS = 4
-# Rows of a unit that are committed together, at least, where equal rows go to one worker.
+# Rows of a unit that are committed together, where equal rows go to one worker: at least so many,
+# unless there are so many workers that some would get none.
 ONCE_ROWS = 256
 # Of all cores, for the workers that have a GPU.
 CPU_SHARE = 0.75

@@ -15,7 +15,7 @@ class Tally:
     def __init__(self) -> None:
         self._rows: list[tuple[str, Counts]] = []
         self._units: list[Receipt] = []
-        self._parts: dict[tuple[str, str], list[Receipt]] = {}
+        self._parts: dict[tuple[str, str], list[tuple[int, Receipt]]] = {}
         self._notes: list[str] = []
         self._running = 0
         self._stopping = False
@@ -41,19 +41,20 @@ class Tally:
     def rows(self, stage: str, counts: Counts) -> None:
         self._rows.append((stage, counts))
 
-    def unit(self, receipt: Receipt, parts: int) -> None:
-        """A worker is through with one of the `parts` of a unit; told on once all of them are, with
-        the first error among them, and the seconds and amounts of all."""
+    def unit(self, receipt: Receipt, number: int, parts: int) -> None:
+        """A worker is through with part `number` of the `parts` of a unit; told on once all of them
+        are, with the first error among them, and the seconds and amounts of all. A part comes again
+        where Ray has a lost worker's errand done from its beginning."""
         self._running -= 1
         through = self._parts.setdefault((receipt.stage, receipt.unit), [])
-        through.append(receipt)
-        if len(through) == parts:
+        through.append((number, receipt))
+        if len({part for part, _ in through}) == parts:
             del self._parts[receipt.stage, receipt.unit]
             seconds, amounts = Counter[str](), Counter[str]()
-            for part in through:
-                seconds.update(part.seconds)
-                amounts.update(part.amounts)
-            told = next((r for r in through if r.error), receipt)
+            for _, each in through:
+                seconds.update(each.seconds)
+                amounts.update(each.amounts)
+            told = next((each for _, each in through if each.error), receipt)
             self._units.append(replace(told, seconds=dict(seconds), amounts=dict(amounts)))
 
     def drain(self) -> tuple[list[tuple[str, Counts]], list[Receipt], list[str]]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from manifests.faults import StoreError
 from manifests.stored import StoredEmbeddings
-from stages.base import Failed, count
+from stages.base import Failed, alive, count
 from stages.text_encoders import Text, TextEncoder
 
-# How often is looked for what others have committed, or this worker itself, at most.
-LOOK_SECONDS = 20.0
+# How often is looked for what others have committed, or this worker itself, at most; and of the
+# time at most so much, as listing a large workdir far away takes long.
+LOOK_SECONDS, LOOK_SHARE = 20.0, 0.1
 # Bytes beyond those to remember that wait for their commit: of two units at once, what is settled,
 # what is being written, and a batch.
 UNCOMMITTED = 1 << 30
@@ -39,8 +40,9 @@ class Texts:
         self._most, self._more = remember, uncommitted
         self._kept: OrderedDict[str, Text] = OrderedDict()
         self._bytes = 0
+        self._uncommitted: set[str] = set()  # of those kept, as of the last look
         self._empty: bytes | None = None
-        self._looked = -LOOK_SECONDS
+        self._next_look = 0.0
 
     def encode(self, captions: Sequence[str]) -> list[Text | Failed]:
         """One embedding per caption, in order. Failed for a caption that the device's memory does
@@ -55,7 +57,10 @@ class Texts:
             found[caption] = self._keep(caption, text)
         lacking = [caption for caption in lacking if caption not in found]
         for caption, made in zip(lacking, self.encoder.encode(lacking), strict=True):
-            found[caption] = self._keep(caption, made) if isinstance(made, Text) else made
+            found[caption] = made
+            if isinstance(made, Text):
+                self._uncommitted.add(caption)
+                self._keep(caption, made)
         count("encoded", len(lacking))
         self._forget()
         return [found[caption] for caption in captions]
@@ -84,13 +89,16 @@ class Texts:
             yield keys[key], _text(row)
 
     def _look(self) -> None:
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        began = time.monotonic()
+        if began < self._next_look:
             return
         try:
-            self._stored.look()
+            self._stored.look(alive)
         except StoreError:
             pass  # nothing new is known then; what can't be written either is told by the commit
-        self._looked = time.monotonic()
+        self._uncommitted = {c for c in self._uncommitted if not self._stored.has(self._key(c))}
+        now = time.monotonic()
+        self._next_look = now + max(LOOK_SECONDS, (now - began) / LOOK_SHARE)
 
     def _keep(self, caption: str, text: Text) -> Text:
         self._kept[caption] = text
@@ -107,7 +115,8 @@ class Texts:
             if self._bytes <= self._most:
                 return
             beyond = self._bytes > self._most + self._more
-            if beyond or self._stored.has(self._key(caption)):
+            if beyond or caption not in self._uncommitted:
+                self._uncommitted.discard(caption)
                 self._bytes -= len(self._kept.pop(caption).values)
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from racing import race
 from s3_faults import BUCKET, Proxy
+from s3fs.core import S3File
 
 from manifests.log import Counts, Log
 from manifests.shards import EMBEDDINGS, INDEX, Index, LatentSpec, write_index
@@ -228,6 +229,24 @@ def test_embeddings_that_are_there_are_found(store: Store, s3: Proxy) -> None:
     assert {key: row["embedding"] for key, row in found.items()} == {
         key: b"%d" % n for n, key in enumerate(keys)
     }
+
+
+def test_columns_are_read_without_the_payload_after_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs would read 50 MiB ahead: all latents or embeddings, to learn of which clips they are."""
+    blobs = pa.array([bytes(1 << 18)] * 16)
+    store.write_parquet("t.parquet", pa.table({"n": list(range(16)), "blob": blobs}))
+    fetched: list[int] = []
+    plain = S3File._fetch_range
+
+    def noted(file: S3File, start: int, end: int) -> bytes:
+        fetched.append(end - start)
+        return plain(file, start, end)
+
+    monkeypatch.setattr(S3File, "_fetch_range", noted)
+    assert store.read_parquet("t.parquet", ["n"]).column("n").to_pylist() == list(range(16))
+    assert fetched and sum(fetched) < 1 << 18
 
 
 def test_the_index_is_written_and_opened(store: Store, s3: Proxy) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from manifests.sources import SourceRow, SourceSettings
 from pipeline import config, dag
 from pipeline.advice import advice
 from pipeline.cli import cli
@@ -90,6 +92,30 @@ def test_captions_that_are_not_there(
     assert all("section `describe`" in line for line in found)
     assert advice(made, ["recaption"]) == found
     assert not advice(made, ["probe"])
+
+
+def test_where_captions_are_described_already_that_is_not_advised(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
+    text = YAML.replace("{enabled: false}", "{model: some/model}")
+    both = ["describe.model=m/m", "recaption.prompt='{caption} {description}'"]
+    made = dag.build(config.parse(text, str(tmp_path / "vidpipe.yaml"), both))
+    (line,) = [line for line in advice(made) if "has a caption" in line]
+    assert "{caption?}" in line and "section `describe`" not in line
+
+
+def test_no_more_of_the_source_is_read_than_shows_that_there_are_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(source: SourceSettings) -> Iterator[SourceRow]:
+        yield SourceRow("a.mp4", None, None, None, "a", {})
+        yield SourceRow("b.mp4", "a bird", None, None, "b", {})
+        raise AssertionError("each may be a request to a store far away")
+
+    monkeypatch.setattr("pipeline.advice.read", rows)
+    text = YAML.replace("{enabled: false}", "{model: some/model}")
+    made = dag.build(config.parse(text, str(tmp_path / "vidpipe.yaml"), []))
+    assert not advice(made, ["recaption"])
 
 
 def test_plan_warns_of_captions_that_are_not_there(

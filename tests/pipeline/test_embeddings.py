@@ -176,6 +176,7 @@ def test_with_no_room_to_remember_what_is_committed_is_copied(
 ) -> None:
     monkeypatch.setattr("stages.embed.REMEMBERED", 0)
     monkeypatch.setattr("stages.texts.LOOK_SECONDS", 0)
+    monkeypatch.setattr("stages.texts.LOOK_SHARE", float("inf"))
     one = made(tmp_path, encoder, MANY * 4, run={"isolate": False})
     go(one)
     amounts = status_and_amounts(one)[1]["embed"]

@@ -24,6 +24,7 @@ from pipeline.ray_cluster import cluster
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Receipt, Retry
+from pipeline.workers import stop
 from stages.base import Outcome, Row
 
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None] * 4
@@ -108,6 +109,28 @@ def test_a_ray_that_does_not_start_leaves_nothing(
     assert not given[0].exists()
     # For names of sockets, where the folder's own is too long: the one of Ray's logs.
     assert given[0].parent == (temporary if name == "t" else own_folders.parent)
+
+
+def test_a_second_ctrl_c_takes_rays_temporary_files_along(
+    tmp_path: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    class Begun:
+        dashboard_url = None
+
+    def init(**options: Any) -> Begun:
+        places.append(Path(os.environ["TMPDIR"]))
+        return Begun()
+
+    places: list[Path] = []
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    with cluster(RunSettings(), tmp_path, Reporter()):
+        (places[0] / "file").write_text("of a worker")
+        for clean in list(stop._leavings):  # as the process does that ends at once
+            clean()
+        assert not places[0].exists()
 
 
 def test_an_exception_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:

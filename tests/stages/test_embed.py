@@ -230,6 +230,7 @@ def test_what_is_not_committed_yet_is_kept_beyond_that(
     t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stages.texts.LOOK_SECONDS", 0)
+    monkeypatch.setattr("stages.texts.LOOK_SHARE", float("inf"))
     model = texts(t5, str(tmp_path), remember=0)
     first = model.encode(CAPTIONS)
     assert model.encode(CAPTIONS) == first and model.encoder.encoded == len(set(CAPTIONS))
