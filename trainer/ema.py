@@ -52,21 +52,31 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The average stands in the model in place of the weights, which come back after it, bit
-        for bit."""
-        weights = self._weights.values()
-        trained = [sharding.part(weight).to("cpu", copy=True) for weight in weights]
+        """The average stands in the model in place of the weights, which come back after it; both
+        bit for bit."""
+        weights = list(self._weights.values())
+        rounded = {  # as weights of less precision are, where the average stands in their place
+            number: average.to("cpu", copy=True)
+            for number, average in enumerate(self._average)
+            if weights[number].dtype != average.dtype
+        }
+        self._swap()
         try:
-            self._put(self._average)
             yield
         finally:
-            self._put(trained)
+            self._swap()
+            for number, average in rounded.items():
+                self._average[number].copy_(average)
 
     @torch.no_grad()
-    def _put(self, parts: list[Tensor]) -> None:
+    def _swap(self) -> None:
+        """Weights and averages change places, one after the other: a large model's are not to be
+        held three times."""
         sharding.reshard(self._model)
-        for weight, value in zip(self._weights.values(), parts, strict=True):
-            sharding.put(weight, value)
+        for weight, average in zip(self._weights.values(), self._average, strict=True):
+            trained = sharding.part(weight).clone()
+            sharding.put(weight, average)
+            average.copy_(trained)
 
     def state(self) -> dict[str, Tensor]:
         """The average, by the names of the weights, whole; of the first process, the others' is

@@ -168,19 +168,20 @@ def test_power_1_is_the_plain_mean() -> None:
     assert EMAModel([model.weight]).inv_gamma == 1.0
 
 
-def test_the_average_stands_in_for_the_weights_for_a_while() -> None:
-    model = torch.nn.Linear(2, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_stands_in_for_the_weights_for_a_while(dtype: torch.dtype) -> None:
+    model = torch.nn.Linear(2, 1).to(dtype)
     ema = Ema(model, 0.9, 2 / 3)
     ema.update()
     model.weight.data += 1
     ema.update()
-    trained = model.weight.clone()
+    trained, average = model.weight.clone(), ema.state()["weight"].clone()
     with pytest.raises(KeyError), ema.applied():
-        assert torch.equal(model.weight, ema.state()["weight"])
+        assert torch.equal(model.weight, average.to(dtype))
         assert not torch.equal(model.weight, trained)
         raise KeyError
     assert torch.equal(model.weight, trained)
-    assert not torch.equal(ema.state()["weight"], trained)
+    assert torch.equal(ema.state()["weight"], average)
 
 
 def test_a_saved_average_goes_on(tmp_path: Path) -> None:

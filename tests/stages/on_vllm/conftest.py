@@ -4,6 +4,7 @@ installed; `make test-vllm` installs a build of it for CPUs."""
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_machine() -> Iterator[None]:
+def small_machine(own_folders: Path) -> Iterator[None]:
+    place = own_folders.with_name("vllm")  # for what engines that are killed leave behind
+    place.mkdir()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(place))
+        patch.setattr(tempfile, "tempdir", None)
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         yield
