@@ -57,14 +57,15 @@ class Fleet:
     @property
     def environment(self) -> dict[str, str]:
         """What the processes' environment needs beside what it has."""
+        device = {"ACCELERATE_USE_CPU": "true"} if self.cpu else {}  # else it takes a GPU if it can
         if not self.launched:
-            return {}
+            return device
         threads = str(max(1, cores() // self.processes)) if self.cpu else "1"
-        own = {
+        return {
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+            **device,
         }
-        return {**own, "ACCELERATE_USE_CPU": "true"} if self.cpu else own
 
     def command(self, *trainer: str) -> list[str]:
         """Runs a module of the trainer on one node; `RANK`, `HEAD` and `PORT` stand for what is

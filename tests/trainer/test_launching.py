@@ -271,7 +271,15 @@ def test_what_the_script_asks_for(tmp_path: Path) -> None:
 
 def test_one_process_needs_no_launcher() -> None:
     assert Fleet().command("trainer.train") == [sys.executable, "-m", "trainer.train"]
-    assert Fleet().environment == {}
+    assert Fleet(cpu=False).environment == {}
+
+
+def test_one_process_without_a_gpu_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "gpus_here", lambda: 8)
+    one = fleet(None, 1, 1, None, None, here=True)
+    assert one.environment == {"ACCELERATE_USE_CPU": "true"} and not one.launched
+    assert by_hand(one, "trainer.train").startswith("ACCELERATE_USE_CPU=true ")
+    assert fleet(1, None, 1, None, None, here=True).environment == {}
 
 
 @pytest.mark.parametrize("signals", [1, 2])
