@@ -308,7 +308,7 @@ class ShardFile:
         name = "first_frame_latents" if first_frame else "latents"
         facts = ["clip_id", f"{name}_shape", "latents_dtype"]
         for clip, shape, dtype, data in self.rows(rows, facts, {name: into}):
-            if data is None:
+            if data is None or shape is None:
                 raise ShardError(f"clip {clip} has no {name} in its shard: the index is stale")
             yield Latent(clip, data, tuple(shape), dtype)
 
@@ -317,7 +317,7 @@ class ShardFile:
         facts = [f"embedding_{name}" for name in ("key", "shape", "dtype", "tokens")]
         payload = {"embedding": fresh, "embedding_pooled": fresh}
         for key, shape, dtype, tokens, data, pooled in self.rows(rows, facts, payload):
-            if data is None:
+            if data is None or shape is None or tokens is None:
                 raise ShardError(
                     f"shard {self.name} has no embedding {key} in its row: the index is stale"
                 )
