@@ -344,7 +344,7 @@ class ShardFile:
             ) from error
         except Exception as error:  # each driver has exceptions of its own
             if _unreadable(error):
-                what = str(error).rstrip(". ")
+                what = str(error).strip("'. ")
                 told = f"shard {self.name} in {self.workdir} is damaged: {what}; {advice}"
                 raise ShardError(told) from error
             where = f"{self.workdir}/{self.name}"
@@ -352,8 +352,10 @@ class ShardFile:
 
 
 def _unreadable(error: Exception) -> bool:
-    """Whether Arrow can't parse the file: it says so by an OSError of no number, too."""
-    return isinstance(error, pa.ArrowException) or (type(error) is OSError and not error.errno)
+    """Whether Arrow can't parse the file, or misses a column in it: it says so by an OSError of no
+    number and by a KeyError, too."""
+    parsed = type(error) is OSError and not error.errno
+    return parsed or isinstance(error, pa.ArrowException | KeyError)
 
 
 def read_latents(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from manifests.pages import AHEAD, PagedFile, _Page, _present, fresh
+from manifests.shards import LATENTS, ShardError, read_latents
 
 ROWS = 300
 
@@ -187,3 +188,24 @@ def test_levels_of_an_impossible_length_are_damage() -> None:
     told = b"\xff" * 9 + b"\x7f"  # a run of 2**69 bytes
     with pytest.raises(pa.ArrowInvalid, match="63 bits"):
         _present(io.BufferedReader(io.BytesIO(told)), _Page(10, len(told), len(told)), True)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "told"),
+    [
+        ({"latents": None}, "no latents"),
+        ({"latents_shape": None}, "no latents"),
+        ({}, "is damaged"),
+    ],
+)
+def test_a_shard_that_lacks_a_value_or_a_column(
+    lacking: dict[str, None], told: str, tmp_path: Path
+) -> None:
+    row = {"clip_id": "c", "latents": b"1234", "latents_shape": [1, 1, 1, 1], **lacking}
+    types = {"clip_id": pa.string(), **{field.name: field.type for field in LATENTS}}
+    columns = {name: pa.array([value], types[name]) for name, value in row.items()}
+    if lacking:
+        columns["latents_dtype"] = pa.array(["float32"])
+    pq.write_table(pa.table(columns), tmp_path / "shard.parquet")
+    with pytest.raises(ShardError, match=told):
+        list(read_latents(str(tmp_path), "shard.parquet", [0]))

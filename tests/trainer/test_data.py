@@ -326,19 +326,6 @@ def test_a_shard_with_cut_latents(make_index: Any, settings_of: Any) -> None:
         take(Loader(made.open(), settings_of(made)), 1)
 
 
-@pytest.mark.parametrize("column", ["latents", "latents_shape"])
-def test_a_shard_that_lacks_a_value(column: str, make_index: Any, settings_of: Any) -> None:
-    made = make_index(sizes=(4,))
-
-    def without(table: pa.Table) -> pa.Table:
-        gone = pa.nulls(4, table.schema.field(column).type)
-        return table.set_column(table.column_names.index(column), column, gone)
-
-    rewrite(made, without)
-    with pytest.raises(ShardError, match="has no latents in its shard"):
-        take(Loader(made.open(), settings_of(made)), 1)
-
-
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_missing_or_damaged_shard(damage: str, make_index: Any, settings_of: Any) -> None:
     made = make_index(sizes=(4,))
