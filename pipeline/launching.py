@@ -113,8 +113,8 @@ def fleet(
         raise ConfigError("--gpus and --processes both say how many: --processes is for CPUs")
     accelerate = configuration(accelerate, here)
     host, _, port = (head or "").partition(":")
-    if port and not port.isdecimal():
-        raise ConfigError(f"--head {head}: HOST or HOST:PORT is expected")
+    if port and not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ConfigError(f"--head {head}: HOST or HOST:PORT is expected, a port below 65536")
     made = Fleet(1, nodes, True, accelerate, host, int(port or DEFAULT_PORT))
     if processes is not None:
         return replace(made, processes=processes)
