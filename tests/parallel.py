@@ -13,6 +13,8 @@ import pytest
 ON_RAY = (
     "tests/faults/test_crashes.py",
     "tests/pipeline/test_caption_server.py",
+    "tests/pipeline/test_checked_rows.py",
+    "tests/pipeline/test_embeddings.py",
     "tests/pipeline/test_ray_data.py",
     "tests/pipeline/test_stop.py",
     "tests/pipeline/test_storage.py",

@@ -123,6 +123,7 @@ def test_adapters_in_half_precision_are_those_of_one_process(
     network: Any,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
+    precision_anew: None,
 ) -> None:
     made = make_index(embedded=True, first_frame=True)
     same: dict[str, Any] = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from networks import CLASSES, CONFIGS, config, make
 from safetensors.torch import load_file
 
@@ -137,14 +135,6 @@ def test_shards_that_do_not_suit_are_told(
     made = make_index(embedded=True, **made_with)
     with pytest.raises(SettingsError, match=told):
         train(settings_of(made, **family("wan", config=CONFIGS["wan"], **values)))
-
-
-@pytest.fixture
-def precision_anew() -> Iterator[None]:
-    """accelerate keeps one for all of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("kind", ["wan", "ltx"])
