@@ -26,7 +26,7 @@ Into = Callable[[int, int], memoryview]
 
 AHEAD = 1 << 20  # bytes: shorter values are read together
 _HOLE = 8 << 10  # bytes between two columns that are not worth a request
-_PLAIN, _PAGE, _PAGE_V2 = 0, 0, 3  # of Thrift's enumerations
+_PLAIN, _RLE, _PAGE, _PAGE_V2 = 0, 3, 0, 3  # of Thrift's enumerations
 _CUT = "a column chunk ends within a page"
 _HEADER = 1 << 20  # bytes of a text in a page's header, at most
 
@@ -215,7 +215,7 @@ def _values(
     wanted, first = iter(rows), all_rows.start  # of the page
     row = next(wanted, None)
     while row is not None:
-        page = _page(source, size, all_rows.stop - first)
+        page = _page(source, size, all_rows.stop - first, optional)
         if row < first + page.rows:
             there = _present(source, page, optional)
             at, place = first, source.tell()
@@ -242,7 +242,7 @@ class _Page(NamedTuple):
     levels: int | None  # bytes of definition levels; None: they tell themselves
 
 
-def _page(source: io.BufferedIOBase, size: int, most: int) -> _Page:
+def _page(source: io.BufferedIOBase, size: int, most: int, optional: bool) -> _Page:
     """The header of the next page, which has at most `most` values."""
     fields = _struct(source)
     kind, end = _int(fields, 1), source.tell() + _int(fields, 3)
@@ -256,6 +256,8 @@ def _page(source: io.BufferedIOBase, size: int, most: int) -> _Page:
         raise pa.ArrowInvalid(f"a page has {count} values where {most} are left")
     if _int(header, 2 if kind == _PAGE else 4) != _PLAIN:
         raise pa.ArrowInvalid("a page is not encoded as its column chunk says")
+    if optional and kind == _PAGE and _int(header, 3) != _RLE:
+        raise pa.ArrowInvalid("a page's levels are not encoded in RLE")
     return _Page(count, end, None if kind == _PAGE else _int(header, 5))
 
 
@@ -341,8 +343,8 @@ def _varint(source: io.BufferedIOBase) -> int:
         if byte < 128:
             return value
         shift += 7
-        if shift > 63:
-            raise pa.ArrowInvalid("a page's header has a number of more than 64 bits")
+        if shift >= 63:  # what is longer is no length either
+            raise pa.ArrowInvalid("a page has a number of more than 63 bits")
 
 
 def _exactly(source: io.BufferedIOBase, size: int) -> bytes:

@@ -308,7 +308,7 @@ class ShardFile:
         name = "first_frame_latents" if first_frame else "latents"
         facts = ["clip_id", f"{name}_shape", "latents_dtype"]
         for clip, shape, dtype, data in self.rows(rows, facts, {name: into}):
-            if data is None:
+            if data is None or shape is None:
                 raise ShardError(f"clip {clip} has no {name} in its shard: the index is stale")
             yield Latent(clip, data, tuple(shape), dtype)
 
@@ -317,7 +317,7 @@ class ShardFile:
         facts = [f"embedding_{name}" for name in ("key", "shape", "dtype", "tokens")]
         payload = {"embedding": fresh, "embedding_pooled": fresh}
         for key, shape, dtype, tokens, data, pooled in self.rows(rows, facts, payload):
-            if data is None:
+            if data is None or shape is None or tokens is None:
                 raise ShardError(
                     f"shard {self.name} has no embedding {key} in its row: the index is stale"
                 )
@@ -344,7 +344,7 @@ class ShardFile:
             ) from error
         except Exception as error:  # each driver has exceptions of its own
             if _unreadable(error):
-                what = str(error).rstrip(". ")
+                what = str(error).strip("'. ")
                 told = f"shard {self.name} in {self.workdir} is damaged: {what}; {advice}"
                 raise ShardError(told) from error
             where = f"{self.workdir}/{self.name}"
@@ -352,8 +352,10 @@ class ShardFile:
 
 
 def _unreadable(error: Exception) -> bool:
-    """Whether Arrow can't parse the file: it says so by an OSError of no number, too."""
-    return isinstance(error, pa.ArrowException) or (type(error) is OSError and not error.errno)
+    """Whether Arrow can't parse the file, or misses a column in it: it says so by an OSError of no
+    number and by a KeyError, too."""
+    parsed = type(error) is OSError and not error.errno
+    return parsed or isinstance(error, pa.ArrowException | KeyError)
 
 
 def read_latents(

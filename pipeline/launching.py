@@ -57,14 +57,15 @@ class Fleet:
     @property
     def environment(self) -> dict[str, str]:
         """What the processes' environment needs beside what it has."""
+        device = {"ACCELERATE_USE_CPU": "true"} if self.cpu else {}  # else it takes a GPU if it can
         if not self.launched:
-            return {}
+            return device
         threads = str(max(1, cores() // self.processes)) if self.cpu else "1"
-        own = {
+        return {
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+            **device,
         }
-        return {**own, "ACCELERATE_USE_CPU": "true"} if self.cpu else own
 
     def command(self, *trainer: str) -> list[str]:
         """Runs a module of the trainer on one node; `RANK`, `HEAD` and `PORT` stand for what is
@@ -112,8 +113,8 @@ def fleet(
         raise ConfigError("--gpus and --processes both say how many: --processes is for CPUs")
     accelerate = configuration(accelerate, here)
     host, _, port = (head or "").partition(":")
-    if port and not port.isdecimal():
-        raise ConfigError(f"--head {head}: HOST or HOST:PORT is expected")
+    if port and not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ConfigError(f"--head {head}: HOST or HOST:PORT is expected, a port below 65536")
     made = Fleet(1, nodes, True, accelerate, host, int(port or DEFAULT_PORT))
     if processes is not None:
         return replace(made, processes=processes)

@@ -205,6 +205,11 @@ def start(settings: TrainSettings) -> Accelerator:
     if precision == "auto":
         on_gpu = processes.device.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if on_gpu else "no"
+    if precision == "fp16" and processes.device.type == "cpu":
+        # accelerate leaves it out there without a word
+        raise SettingsError(
+            "train.mixed_precision is fp16, which is for GPUs: set it to bf16 or no"
+        )
     torch.set_float32_matmul_precision("high")  # TF32 where there is: what is left in float32
     try:
         return Accelerator(
@@ -216,8 +221,13 @@ def start(settings: TrainSettings) -> Accelerator:
                 project_dir=str(settings.output), logging_dir=str(settings.output / trackers.LOGS)
             ),
         )
-    except ValueError as error:
-        raise SettingsError(f"train.mixed_precision is {precision}: {error}") from error
+    except (ValueError, KeyError) as error:
+        if "precision" in str(error):
+            raise SettingsError(f"train.mixed_precision is {precision}: {error}") from error
+        raise SettingsError(
+            f"accelerate's configuration or environment cannot be used ({error}): correct what "
+            "--accelerate names"
+        ) from error
 
 
 def due(step: int, settings: TrainSettings, every: int) -> bool:

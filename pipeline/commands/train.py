@@ -73,6 +73,10 @@ def train(
         )
     if (submit or sbatch) and launcher != "slurm":
         raise ConfigError("--submit and --sbatch go with --launcher slurm")
+    if head is not None and launcher != "print":
+        raise ConfigError(
+            "--head goes with --launcher print: Slurm's first node is the one it gives"
+        )
     fleet = launching.fleet(gpus, processes, nodes, accelerate, head, here=launcher == "local")
     settings = training.prepare(load(file, overrides), steps, output)
     words = (launching.TRAINER, "--config", str(settings.resolve()))

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from manifests.pages import AHEAD, PagedFile, fresh
+from manifests.pages import AHEAD, PagedFile, _Page, _present, fresh
+from manifests.shards import LATENTS, ShardError, read_latents
 
 ROWS = 300
 
@@ -168,3 +169,43 @@ def test_damage_never_gives_anything_but_an_arrow_error(tmp_path: Path) -> None:
     paged.file = io.BytesIO(whole[: begin + size // 2])
     with pytest.raises(pa.ArrowInvalid, match="ends within a page"):
         paged._values(paged.file, 0, "data", range(130), fresh)
+
+
+def test_levels_of_another_encoding_are_refused(tmp_path: Path) -> None:
+    """They have no length before them, and would be read as others."""
+    write(file := tmp_path / "file.parquet", values())
+    whole = bytearray(file.read_bytes())
+    begin = pq.read_metadata(file).row_group(0).column(1).data_page_offset
+    told = whole.index(b"\x15\x00\x15\x06\x15\x06", begin)  # plain, and levels in RLE
+    assert told < begin + 30
+    whole[told + 3] = 8  # BIT_PACKED
+    paged = PagedFile(io.BytesIO(whole), far=False)
+    with pytest.raises(pa.ArrowInvalid, match="not encoded in RLE"):
+        list(paged.rows(0, range(130), ["id"], ["data"], [fresh]))
+
+
+def test_levels_of_an_impossible_length_are_damage() -> None:
+    told = b"\xff" * 9 + b"\x7f"  # a run of 2**69 bytes
+    with pytest.raises(pa.ArrowInvalid, match="63 bits"):
+        _present(io.BufferedReader(io.BytesIO(told)), _Page(10, len(told), len(told)), True)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "told"),
+    [
+        ({"latents": None}, "no latents"),
+        ({"latents_shape": None}, "no latents"),
+        ({}, "is damaged"),
+    ],
+)
+def test_a_shard_that_lacks_a_value_or_a_column(
+    lacking: dict[str, None], told: str, tmp_path: Path
+) -> None:
+    row = {"clip_id": "c", "latents": b"1234", "latents_shape": [1, 1, 1, 1], **lacking}
+    types = {"clip_id": pa.string(), **{field.name: field.type for field in LATENTS}}
+    columns = {name: pa.array([value], types[name]) for name, value in row.items()}
+    if lacking:
+        columns["latents_dtype"] = pa.array(["float32"])
+    pq.write_table(pa.table(columns), tmp_path / "shard.parquet")
+    with pytest.raises(ShardError, match=told):
+        list(read_latents(str(tmp_path), "shard.parquet", [0]))

@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline import launching
+from pipeline.commands.train import train as command
 from pipeline.config import ConfigError
 from pipeline.launching import Fleet, by_hand, call, configuration, fleet, slurm_script
 
@@ -271,7 +272,15 @@ def test_what_the_script_asks_for(tmp_path: Path) -> None:
 
 def test_one_process_needs_no_launcher() -> None:
     assert Fleet().command("trainer.train") == [sys.executable, "-m", "trainer.train"]
-    assert Fleet().environment == {}
+    assert Fleet(cpu=False).environment == {}
+
+
+def test_one_process_without_a_gpu_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "gpus_here", lambda: 8)
+    one = fleet(None, 1, 1, None, None, here=True)
+    assert one.environment == {"ACCELERATE_USE_CPU": "true"} and not one.launched
+    assert by_hand(one, "trainer.train").startswith("ACCELERATE_USE_CPU=true ")
+    assert fleet(1, None, 1, None, None, here=True).environment == {}
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -318,6 +327,7 @@ def test_gpus_are_started_by_accelerate(tmp_path: Path) -> None:
         ({"gpus": 2, "processes": 2}, "both say how many"),
         ({"accelerate": "missing.yaml"}, "accelerate config --config_file missing.yaml"),
         ({"head": "node0:http", "processes": 1}, "HOST:PORT"),
+        ({"head": "node0:295000", "processes": 1}, "below 65536"),
         ({"here": False}, "how many GPUs has a node"),
     ],
 )
@@ -325,6 +335,12 @@ def test_mistakes_are_told_in_a_sentence(asked: dict[str, Any], told: str) -> No
     words = {"gpus": None, "processes": None, "nodes": 1, "accelerate": None, "head": None}
     with pytest.raises(ConfigError, match=re.escape(told)):
         fleet(**{**words, "here": True, **asked})
+
+
+def test_what_would_be_left_out_is_refused() -> None:
+    for option, told in (("--head=a", "--launcher print"), ("--sbatch=-q", "--launcher slurm")):
+        with pytest.raises(ConfigError, match=told):
+            command.main([option], standalone_mode=False)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])

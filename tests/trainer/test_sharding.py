@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from pipeline.launching import Fleet, call, configuration, trainers
 from trainer import models
-from trainer.train import train
+from trainer.config import SettingsError
+from trainer.train import start, train
 
 ROOT = Path(__file__).parents[2]
 needs_deepspeed = pytest.mark.skipif(
@@ -142,3 +143,13 @@ def test_adapters_in_half_precision_are_those_of_one_process(
     for name, value in one.items():
         # Adam makes steps of one size, in whichever direction rounding leaves a small gradient.
         assert value.any() and (two[name] - value).norm() < 0.5 * value.norm(), name
+
+
+def test_a_configuration_that_accelerate_cannot_use_is_told(
+    make_index: Any, settings_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "PARTS"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=r"configuration .*PARTS.* what --accelerate names"):
+        start(settings_of(make_index()))

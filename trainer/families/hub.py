@@ -32,6 +32,7 @@ def fetch(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -55,6 +56,9 @@ def fetch(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
         cause = error
     except RevisionNotFoundError as error:
         why, remedy, cause = "there is no such revision", "check train.model.revision", error
+    except HFValidationError as error:
+        why = f"there is no such folder, and no id on the hub reads so ({error})"
+        remedy, cause = "correct it", error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         first = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         why = f"it was not fetched before, and the hub can't be reached ({first[0]})"
