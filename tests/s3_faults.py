@@ -158,7 +158,7 @@ def s3_server() -> Iterator[Proxy]:
     server = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment)
     try:
         address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while True:
             try:
                 make = urllib.request.Request(f"{address}/{BUCKET}", method="PUT")

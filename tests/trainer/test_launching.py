@@ -138,7 +138,7 @@ def test_a_stop_is_handed_on_and_is_no_failure(
     logged = settings.output / "logs"
 
     def stop() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not list(logged.rglob("events.*")) and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(1.0)
