@@ -25,7 +25,7 @@ from trainer.data import Loader
 from trainer.families import Family
 from trainer.losses import Traits
 from trainer.models import Text, VideoDiT
-from trainer.pictures import across, check_vae, decode, load_vae, tile, write
+from trainer.pictures import check_vae, decode, load_vae, save
 from trainer.prompts import text_of
 from trainer.sample import denoise
 from trainer.trackers import Trackers, first_line
@@ -100,9 +100,7 @@ class Samples:
         file = self._settings.output / FOLDER / f"step_{step:06}.{chosen.format}"
         fps = self._config.latents["sampling"].get("fps", 16)
         try:
-            videos = self._decode(latents)
-            frames = tile(videos, self.prompts, across(len(videos), file.suffix))
-            write(file, frames, fps)
+            frames = save(file, self._decode(latents), self.prompts, fps)
         except Exception as error:  # noqa: BLE001  a VAE, a codec and a disk each have their own
             reason = first_line(error)
             say(f"step {step}: no samples, as they cannot be decoded or written: {reason}")

@@ -85,7 +85,7 @@ def test_captions_of_clips_that_are_held_back(
     train(settings)
     assert "3 prompts are sampled every 6 steps" in capsys.readouterr().err
     (file,) = (settings.output / "samples").iterdir()
-    assert file.name == "step_000006.png" and Image.open(file).size[0] == 3 * 192
+    assert file.name == "step_000006.png" and Image.open(file).size == (4 * 130, 3 * (23 + 128))
     with pytest.raises(SettingsError, match=r"samples\.prompts is 3, .* validation\.share is 0"):
         settings_of(made, samples=samples)
 
@@ -167,7 +167,7 @@ def test_a_picture_that_cannot_be_written_ends_no_training(
     ("part", "error"),
     [
         ("decode", RuntimeError("no kernel image is available\nfor this device")),
-        ("write", UnknownCodecError("libx264")),  # of a PyAV that was built without
+        ("save", UnknownCodecError("libx264")),  # of a PyAV that was built without
     ],
 )
 def test_a_vae_or_codec_that_fails_ends_no_training(
