@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from manifests.faults import unusable
 from manifests.log import Counts
 from manifests.redact import redacted, shown
 from manifests.shards import Index
@@ -54,7 +55,7 @@ def settings(
 def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = None) -> Path:
     """Brings the index up to date and writes the trainer's settings; returns their file.
 
-    Raises ConfigError where no clip is ready.
+    Raises ConfigError where no clip is ready, StoreUnusable where it cannot be written.
     """
     index.refresh(pipeline)
     if not pipeline.store.find(index.INDEX_NAME):
@@ -62,9 +63,12 @@ def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = N
     chosen = settings(pipeline, steps, output)
     name_models(pipeline, chosen)
     folder = Path(chosen["output"])
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
-    file.write_text(json.dumps(redacted(chosen), indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(redacted(chosen), indent=1))
+    except OSError as error:
+        raise unusable(error, "write", str(file)) from error
     clips = Index.open(chosen["index"]).table.num_rows
     print(shown(f"training on {clips} clips, output in {folder}"), file=sys.stderr)
     if waiting := _pending(pipeline, status(pipeline)):

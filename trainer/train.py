@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from manifests.redact import redact_logs, shown
 from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
-from trainer import ending, optimizers, sharding, trackers
-from trainer.checkpoint import CheckpointError, adapters_only
+from trainer import disk, ending, optimizers, sharding, trackers
+from trainer.checkpoint import CheckpointError, Unwritten, adapters_only
 from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
 from trainer.data import Batch, Loader
 from trainer.ema import FILE as EMA
@@ -314,11 +315,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     redact_logs()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher that is to outlive it may ignore it
     ending.watch()
+    file = parser.parse_args(arguments).config
     try:
-        train(load_settings(parser.parse_args(arguments).config))
+        settings = load_settings(file)
+        with disk_faults(settings.output):
+            train(settings)
     except (SettingsError, ShardError, CheckpointError, Diverged) as error:
-        code = 1 if isinstance(error, Diverged) else 2
-        return ending.tell(shown(f"vidpipe train: {error}"), code)
+        own = 1 if isinstance(error, Diverged) else 2
+        code = ending.tell(shown(f"vidpipe train: {error}"), own)
+        if isinstance(error, Unwritten):
+            shutil.rmtree(error.part, ignore_errors=True)
+        return code
     except Exception as error:
         if (code_of_another := ending.noted()) is not None:
             return code_of_another  # which is why this one fails, too
@@ -326,6 +333,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return ending.tell(shown(f"vidpipe train: {_lost(error)}"), ending.LOST)
     return 0
+
+
+@contextmanager
+def disk_faults(output: Path) -> Iterator[None]:
+    """Raises CheckpointError where there is no room for anything else that is written, as logs."""
+    before = threading.excepthook
+
+    def of_thread(fault: threading.ExceptHookArgs) -> None:
+        if not disk.full(fault.exc_value):  # what TensorBoard's then raises here, too
+            before(fault)
+
+    threading.excepthook = of_thread
+    try:
+        yield
+    except OSError as error:
+        if not disk.full(error):
+            raise
+        file = Path(error.filename) if isinstance(error.filename, str) else output
+        raise CheckpointError(checkpoints.unwritten(file, error, output)) from error
+    finally:
+        threading.excepthook = before
 
 
 def _lost(error: Exception) -> str:
