@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from manifests.faults import size as bytes_of
@@ -32,11 +31,17 @@ from trainer.order import Position
 
 STATE = "trainer.json"
 LAST = "last.json"
+FORMAT = 1  # of trainer.json; those that say none are of before, and are understood, too
+RANDOM = "random_states_"  # begins the names of accelerate's files of generators, of each process
 PART = ".part"  # ends the name of what is being written or deleted
 
 
 class CheckpointError(Exception):
     """A checkpoint cannot be used or written: the message says which, why and what to do."""
+
+
+class OtherVersion(CheckpointError):
+    """It is whole, but written by another version, and not understood."""
 
 
 class Unwritten(CheckpointError):
@@ -93,6 +98,7 @@ def save(
             (part / models.CONFIG).write_text(told, encoding="utf-8")
             files = (file for file in part.rglob("*") if file.is_file())
             state = {
+                "format": FORMAT,
                 "step": step,
                 "position": position.to_json(),
                 "sharding": sharding.kind(accelerator),
@@ -146,35 +152,57 @@ def unwritten(file: Path, why: OSError, output: Path, part: Path | None = None) 
 def latest(output: Path) -> Checkpoint | None:
     """The newest complete checkpoint; None where there is none at all.
 
-    Raises CheckpointError where there are some and none is complete: to begin from nothing is
-    then for a person to decide.
+    Raises CheckpointError where there are some and none can be used: to begin from nothing is then
+    for a person to decide; and where the newest is whole, but of another version.
     """
     faults = []
     for step in reversed(_steps(output)):
         try:
             return read(output / f"checkpoint-{step}")
+        except OtherVersion:
+            raise
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
-        raise CheckpointError("\n".join([*faults, f"Delete them to train {output} from the start"]))
+        advice = (
+            f"Set train.output to a new folder, or delete them, to train {output} from the start"
+        )
+        raise CheckpointError("\n".join([*faults, advice]))
     return None
 
 
 def read(folder: Path) -> Checkpoint:
-    """Raises CheckpointError where the checkpoint is not complete."""
+    """Raises CheckpointError where the checkpoint is not complete, OtherVersion where it is, but
+    not understood."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        config = ModelConfig.model_validate_json((folder / models.CONFIG).read_bytes())
         for name, size in state["files"].items():
             if (found := (folder / name).stat().st_size) != size:
                 raise CheckpointError(f"{folder} is damaged: {name} has {found} of {size} bytes")
-        position = Position.from_json(state["position"])
-        spread = state["sharding"], state["processes"]
-        return Checkpoint(folder, state["step"], position, config, *spread)
+        config = (folder / models.CONFIG).read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is incomplete: {error.filename} is missing") from error
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{folder} is damaged or of another version: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is damaged: {STATE} cannot be read: {error}") from error
+    try:
+        if (made := state.get("format", FORMAT)) > FORMAT:
+            raise ValueError(f"its format is {made}, and this one knows those up to {FORMAT}")
+        return Checkpoint(
+            folder,
+            state["step"],
+            Position.from_json(state["position"]),
+            ModelConfig.model_validate_json(config),
+            state.get("sharding", sharding.WHOLE),  # once there was no other
+            state.get("processes") or sum(name.startswith(RANDOM) for name in state["files"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        told = (
+            f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        )
+        raise OtherVersion(
+            f"{folder} is whole, but of another version of vidpipe ({told}): go on with the one "
+            "that wrote it, or set train.output to a new folder to train from the start"
+        ) from error
 
 
 def restore(accelerator: Accelerator, checkpoint: Checkpoint, config: ModelConfig) -> None:
