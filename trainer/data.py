@@ -27,7 +27,7 @@ from trainer.config import FamilySettings, SettingsError, TrainSettings
 from trainer.expected import check_expected, check_latents, check_shapes, check_text
 from trainer.keys import keyed
 from trainer.order import Order, Position, Shape, Step
-from trainer.posterior import Pool, Stack, posterior_sample
+from trainer.posterior import Pool, Stack, pinned, posterior_sample
 from trainer.reader import Place, Row, Shards, Wanted, read_ahead, read_rows
 
 # Of the memory an eighth may be shuffled together: `read_rows` reads each row group once if all
@@ -136,7 +136,7 @@ class Loader:
             settings.memory // SHUFFLED,
             settings.lanes,
         )
-        self.pool = Pool(self.memory // 4, pin)
+        self.pool = Pool(self.memory // 4)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -226,7 +226,8 @@ class Loader:
         for number, (stack, (kind, shape)) in enumerate(zip(made.stacks, kinds)):
             of = zip(step.visits, ids, rows[number * count :])
             latents = [self._checked(clip, name, row, shape) for (_, clip), name, row in of]
-            stored.append(stack.values(latents, [f"{kind} of clip {name}" for name in ids]))
+            values = stack.values(latents, [f"{kind} of clip {name}" for name in ids])
+            stored.append(pinned(values) if self.pin else values)
         embeddings = padded(texts, self.pin) if texts else None
         spec = self.index.spec
         return Batch(stored[0], spec, captions, embeddings, ids, epochs, step.position, *stored[1:])
