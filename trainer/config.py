@@ -279,6 +279,7 @@ class ModelConfig(Section):
     schedule: Literal["scaled_linear", "cosine"] = Field(description="its noise schedule")
     zero_terminal_snr: bool = Field(False, description="whether that ends without any signal")
     snr_shift: float = Field(1.0, description="what its SNR is divided by")
+    shift: float = Field(1.0, description="of flow: how far times were moved towards noise")
     shape: tuple[int, int, int, int] = Field(description="C, F, H, W of latents it was trained on")
     latents: dict[str, Any] = Field(description="their LatentSpec: VAE, shift, scale, sampling")
     embeddings: dict[str, Any] | None = Field(

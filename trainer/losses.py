@@ -33,6 +33,10 @@ class Traits:
     def of(cls, model: VideoDiT | Family) -> Traits:
         return cls(math.prod(model.patch), isinstance(model, Family) and model.clean_frame)
 
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Of latents (C, F, H, W)."""
+        return math.prod(shape[1:]) // self.cells
+
 
 def clip_losses(
     model: nn.Module,
@@ -44,7 +48,7 @@ def clip_losses(
     """The loss of each clip (B,), its time and noise keyed on the visit."""
     visits = list(zip(batch.epochs, batch.clip_ids))
     x0 = batch.latents(device)
-    time = draw_times(settings, visits, math.prod(x0.shape[2:]) // traits.cells).to(device)
+    time = draw_times(settings, visits, traits.tokens(x0.shape[1:])).to(device)
     noise = torch.empty_like(x0)
     for row, (epoch, clip) in zip(noise, visits):
         row.normal_(generator=keyed("noise", settings.seed, epoch, clip, str(device)))
@@ -122,16 +126,20 @@ def first_frames(
 
 def draw_times(settings: TrainSettings, visits: Sequence[tuple[int, str]], tokens: int) -> Tensor:
     """The time of each visit (B,): of clips of so many tokens."""
-    shift = settings.shift
-    if settings.shift_tokens is not None:
-        shift = objectives.token_shift(tokens, *settings.shift_tokens)
     mean, std = settings.timestep_mean, settings.timestep_std
     times = [
         objectives.draw_time(settings.density, keyed("time", settings.seed, epoch, clip), mean, std)
         for epoch, clip in visits
     ]
-    time = objectives.shifted(torch.stack(times), shift)
+    time = objectives.shifted(torch.stack(times), shift_of(settings, tokens))
     return time if settings.objective == "flow" else objectives.on_schedule(time)
+
+
+def shift_of(settings: TrainSettings, tokens: int) -> float:
+    """How far the times of clips of so many tokens are moved towards noise."""
+    if settings.shift_tokens is None:
+        return settings.shift
+    return objectives.token_shift(tokens, *settings.shift_tokens)
 
 
 def _repeated(text: Text, many: int) -> Text:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,12 +54,13 @@ def sample(
     device: str = "cpu",
     encoder: str | None = None,
     tokenizer: str | None = None,
+    shift: float | None = None,
 ) -> Tensor:
     """Normalised latents of the prompts: (prompts, C, F, H, W) float32. `encoder` and `tokenizer`
     are those of stored embeddings (`trainer.prompts`); the rest is as in `denoise`."""
     text = text_of([*prompts, *[""] * len(prompts)], config, device, encoder, tokenizer)
     seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
-    return denoise(model, config, text, seeds, steps, guidance, device)
+    return denoise(model, config, text, seeds, steps, guidance, device, shift=shift)
 
 
 @torch.no_grad()
@@ -72,11 +74,13 @@ def denoise(
     device: torch.device | str = "cpu",
     first: Tensor | None = None,
     told: Callable[[int], None] = lambda step: None,
+    shift: float | None = None,
 ) -> Tensor:
     """Normalised latents (B, C, F, H, W) float32 of texts: B with a prompt, then B without.
 
     The noise of each depends on its seed alone, so that prompts can be compared. `first` are first
-    frames (B, C, 1, H, W) to go on from, for families that do; `told` hears of each step.
+    frames (B, C, 1, H, W) to go on from, for families that do; `told` hears of each step; `shift`
+    as in `sampling_times`.
     """
     noise = [torch.randn(config.shape, generator=torch.Generator().manual_seed(n)) for n in seeds]
     x = torch.stack(noise).to(device)
@@ -84,7 +88,7 @@ def denoise(
     if first is not None:
         picture = torch.cat([first, first]), torch.ones(2 * len(x), dtype=torch.bool, device=device)
     for number, (time, following) in enumerate(
-        itertools.pairwise(sampling_times(config, steps).to(device))
+        itertools.pairwise(sampling_times(config, steps, shift).to(device))
     ):
         both = model(torch.cat([x, x]), time.expand(2 * len(x)), text, *picture).float()
         with_text, without = both.chunk(2)
@@ -103,10 +107,12 @@ def path(config: ModelConfig, time: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def sampling_times(config: ModelConfig, steps: int) -> Tensor:
-    """`steps` + 1 times from noise to data, evenly apart, the last one 0."""
+def sampling_times(config: ModelConfig, steps: int, shift: float | None = None) -> Tensor:
+    """`steps` + 1 times from noise to data, the last one 0, evenly apart; those of flow matching
+    moved towards noise by `shift`, or as far as in training."""
     if config.objective == "flow":
-        return torch.linspace(1, 0, steps + 1)
+        even = torch.linspace(1, 0, steps + 1)
+        return objectives.shifted(even, config.shift if shift is None else shift)
     signal = objectives.alphas_cumprod(
         config.schedule, config.zero_terminal_snr, config.snr_shift
     ).sqrt()
@@ -195,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num", type=int, default=1, help="videos of each prompt")
     parser.add_argument("--steps", type=int, default=30, help="model calls of the sampler")
     parser.add_argument("--guidance", type=float, default=3.0, help="1: none")
+    parser.add_argument("--shift", type=float, help="of flow's times; default: as in training")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; of --num's first")
     parser.add_argument("--at-once", type=int, default=AT_ONCE, help="videos: fewer, less memory")
     given = parser.parse_args(arguments)
@@ -206,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("num", "steps", "at_once"):
             if (value := getattr(given, name)) < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        if given.shift is not None and not 0 < given.shift < math.inf:
+            raise SettingsError(f"--shift is {given.shift}: it must be above 0, as 3 or 5")
         prompts = given.prompt + (read_prompts(given.prompts_file) if given.prompts_file else [])
         if not prompts:
             raise SettingsError("no prompt: give --prompt TEXT, or --prompts-file FILE")
@@ -220,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told=say,
             steps=given.steps,
             guidance=given.guidance,
+            shift=given.shift,
             encoder=given.text_encoder,
             tokenizer=given.tokenizer,
         )

@@ -24,7 +24,7 @@ from trainer import trackers
 from trainer.config import FamilySettings, ModelConfig, SettingsError, TrainSettings
 from trainer.data import Loader
 from trainer.families import Family
-from trainer.losses import Traits
+from trainer.losses import Traits, shift_of
 from trainer.models import Text, VideoDiT
 from trainer.pictures import across, check_vae, decode, load_vae, tile, write
 from trainer.prompts import text_of
@@ -108,14 +108,16 @@ class Samples:
         device, chosen = self._accelerator.device, self._settings.samples
         training = model.training
         model.eval()
+        shift = shift_of(self._settings, traits.tokens(self._config.shape))
         made = []
         for group in self._groups:
             first = self._first[group].to(device) if self._first is not None else None
             text = of_prompts(self._texts, group, len(self.prompts), device)
             seeds = [chosen.seed] * len(group)
             z = denoise(
-                model, self._config, text, seeds, chosen.steps, chosen.guidance, device, first
-            )
+                model, self._config, text, seeds, chosen.steps, chosen.guidance, device, first,
+                shift=shift,
+            )  # fmt: skip
             if first is not None and traits.clean_frame:
                 z[:, :, :1] = first  # it stood there, whatever the model made of it
             made.append(z)

@@ -33,7 +33,7 @@ from trainer.data import Batch, Loader
 from trainer.ema import FILE as EMA
 from trainer.ema import Ema, average_of
 from trainer.families import Family
-from trainer.losses import Traits, clip_losses
+from trainer.losses import Traits, clip_losses, shift_of
 from trainer.meter import Meter, line
 from trainer.models import adapted, build
 from trainer.samples import Samples
@@ -89,6 +89,10 @@ def train(settings: TrainSettings) -> Path:
             accelerator.register_save_state_pre_hook(lambda _, w, __: adapters_only(w))
             model.halve(accelerator.mixed_precision)
     traits = Traits.of(model)
+    if settings.objective == "flow":
+        config = config.model_copy(
+            update={"shift": shift_of(settings, traits.tokens(config.shape))}
+        )
     if settings.gradient_checkpointing:
         model.checkpoint()
     if settings.compile:

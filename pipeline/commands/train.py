@@ -105,6 +105,7 @@ def train(
 @click.option("--seed", type=int, metavar="N", help="Of the first's noise; default: 0.")
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Model calls; default: 30.")
 @click.option("--guidance", type=float, metavar="X", help="Default: 3; 1: none.")
+@click.option("--shift", type=float, metavar="X", help="Of flow's times; default: the training's.")
 def sample(
     file: str,
     overrides: tuple[str, ...],

@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from trainer import objectives, sample
@@ -77,6 +78,19 @@ def test_times_fall_to_zero_and_epsilon_keeps_out_of_pure_noise() -> None:
     assert sample.FAINTEST <= a.item() < sample.FAINTEST + 0.01
     assert sample.sampling_times(config("flow"), 10)[0] == 1
     assert BEGIN == 1
+
+
+def test_times_of_flow_are_moved_as_in_training() -> None:
+    """As diffusers' scheduler has them."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0, 11)[:-1])
+    trained = config().model_copy(update={"shift": 3.0})
+    torch.testing.assert_close(sample.sampling_times(trained, 10), scheduler.sigmas)
+    even = torch.linspace(1, 0, 11)
+    torch.testing.assert_close(sample.sampling_times(trained, 10, 1.0), even)
+    schedule = config("v_prediction")
+    moved = schedule.model_copy(update={"shift": 3.0})
+    assert torch.equal(*(sample.sampling_times(each, 10) for each in (schedule, moved)))
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -189,6 +203,7 @@ def test_a_trained_model_to_a_gif(
         ([*place, "--prompts-file", str(file)], "has no prompts: one a line is expected"),
         ([*place, "--prompts-file", str(tmp_path)], "cannot be read"),
         ([*place, *common, "--num", "0"], "--num is 0: it must be at least 1"),
+        ([*place, *common, "--shift", "0"], "--shift is 0.0: it must be above 0"),
         (["--checkpoint", str(tmp_path), "--out", str(out), *common], "no model in"),
         (["--checkpoint", str(settings.output), "--out", "a.avi", *common], "must end in .gif"),
         (["--checkpoint", str(vae), "--out", str(out), *common], "no model in"),

@@ -44,6 +44,7 @@ def test_they_change_nothing_of_the_training(
 ) -> None:
     made = make_index(vae=vae)
     common = {"ema_decay": 0.9, "caption_dropout": 0.5, "learning_rate": 1e-2}
+    common["shift_tokens"] = [[2, 0.5], [8, 1.0]]
     plain = state(train(settings_of(made, output=str(tmp_path / "plain"), **common)))
     before = chance()
     common["samples"] = {"prompts": PROMPTS, "every": 2, "steps": 3}
