@@ -121,7 +121,7 @@ def train(settings: TrainSettings) -> Path:
         ema = Ema(accelerator.unwrap_model(model), settings.ema_decay, settings.ema_power)
     if ema is not None and found and (found.folder / EMA).exists():
         ema.load(found.folder)
-    trackers.begin(accelerator, settings, step)
+    tracked = trackers.begin(accelerator, settings, step, say)
     say(
         f"{len(loader)} clips of {loader.shapes}, {parameters:,} parameters, {world} x "
         f"{device.type}, mixed precision {accelerator.mixed_precision}, steps {step} to "
@@ -168,12 +168,12 @@ def train(settings: TrainSettings) -> Path:
                     "grad_norm": float(norm),
                     "epoch": position.epoch,
                 }
-                accelerator.log(values, step=step)
+                tracked.log(values, step)
                 say(line(step, settings.steps, values, world))
             if validation is not None and due(step, settings, settings.validation.every):
                 with meter.aside():
                     values = validation.losses(model, traits, ema)
-                accelerator.log(values, step=step)
+                tracked.log(values, step)
                 say(f"step {step}/{settings.steps}  {told(values)}")
             if due(step, settings, settings.save_every) or stopped:
                 with meter.aside():
@@ -182,7 +182,7 @@ def train(settings: TrainSettings) -> Path:
                     )
             if samples is not None and due(step, settings, settings.samples.every) and not stopped:
                 with meter.aside(), average_of(ema):
-                    samples.make(model, traits, step, say)
+                    samples.make(model, traits, step, tracked, say)
 
     # ------------------------------------------------------------------------- the end
     if step >= settings.steps:
@@ -191,7 +191,7 @@ def train(settings: TrainSettings) -> Path:
     else:
         say(f"stopped at step {step} of {settings.steps}: the same command goes on from there")
     accelerator.print(f"checkpoint: {folder}")
-    trackers.end(accelerator)
+    tracked.end()
     return folder
 
 
