@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import make
+from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.launching import Fleet
@@ -45,24 +48,41 @@ def run(
             subprocess.run(command, cwd=ROOT, timeout=250, check=True)
         said = capfd.readouterr().err
         assert f"{processes} x cpu" in said
-        lines = [line.split() for line in said.splitlines() if line.startswith("step ")]
+        lines = [line.split() for line in said.splitlines() if "  loss " in line]
         return {int(words[1].split("/")[0]): float(words[3]) for words in lines}
 
     return trained
 
 
 def test_one_process_goes_on_where_two_stopped(
-    make_index: Any, settings_of: Any, tmp_path: Path, run: Run
+    make_index: Any, settings_of: Any, vae: Path, tmp_path: Path, run: Run
 ) -> None:
-    """Shapes, order, noise and losses are those of one process from the start to the end."""
-    made = make_index(sizes=(20, 10), shape=lambda n: SHAPES[0 if n % 10 < 6 else 1 + n % 2])
-    common = {"learning_rate": 1e-2, "caption_dropout": 0.5, "mixed_precision": "auto"}
+    """Shapes, order, noise, losses and samples are those of one process all the way."""
+    made = make_index(
+        sizes=(20, 10), shape=lambda n: SHAPES[0 if n % 10 < 6 else 1 + n % 2], vae=vae
+    )
+    prompts = ["a red square", "a blue square", "a green square"]  # one process has one of them
+    samples = {"prompts": prompts, "every": 3, "steps": 2, "format": "png", "guidance": 60}
+    common = {
+        "learning_rate": 1e-2,
+        "caption_dropout": 0.5,
+        "samples": samples,
+        "mixed_precision": "auto",
+    }
     alone = run(settings_of(made, output=str(tmp_path / "alone"), **common), 1)
     losses = run(settings_of(made, steps=3, batch_size=2, **common), 2)
     losses |= run(settings_of(made, steps=6, **common), 1)
     assert list(losses) == [1, 2, 3, 4, 5, 6] == list(alone)
     assert len(set(alone.values())) == 6
     assert losses == pytest.approx(alone, rel=2e-3)
+    one, two = (
+        np.asarray(Image.open(tmp_path / name / "samples" / "step_000003.png"), int)
+        for name in ("alone", "out")
+    )
+    assert one.shape == two.shape == (3 * (23 + 128), 4 * (128 + 2), 3)
+    pictures = [one[n + 23 : n + 151] for n in range(0, 453, 151)]
+    assert np.abs(one - two).max() <= 3 and all(picture.std() > 10 for picture in pictures)
+    assert all(np.abs(a - b).max() > 6 for a, b in itertools.combinations(pictures, 2))
 
 
 def test_adapters_and_their_average_go_on_where_two_processes_stopped(
