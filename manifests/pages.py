@@ -117,11 +117,11 @@ class PagedFile:
         return _Fetched(self.file, pieces)
 
 
-class _Part(io.RawIOBase):
-    """The bytes of `file` from `begin` on, `size` of them."""
+class _Placed(io.RawIOBase):
+    """Bytes at their places, 0 to `end`. How they are read is the subclass' own."""
 
-    def __init__(self, file: Any, begin: int, size: int) -> None:
-        self._file, self._begin, self._size, self._at = file, begin, size, 0
+    def __init__(self, end: int) -> None:
+        self._at, self._end = 0, end
 
     def readable(self) -> bool:
         return True
@@ -129,43 +129,35 @@ class _Part(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._end)[whence]
         return self._at
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
+
+class _Part(_Placed):
+    """The bytes of `file` from `begin` on, `size` of them."""
+
+    def __init__(self, file: Any, begin: int, size: int) -> None:
+        super().__init__(size)
+        self._file, self._begin = file, begin
 
     def readinto(self, buffer: Any) -> int:
-        wanted = memoryview(buffer)[: max(0, self._size - self._at)]
+        wanted = memoryview(buffer)[: max(0, self._end - self._at)]
         self._file.seek(self._begin + self._at)
         count: int = self._file.readinto(wanted)
         self._at += count
         return count
 
 
-class _Fetched(io.RawIOBase):
+class _Fetched(_Placed):
     """Pieces of `file`, from one byte to another, in memory and in their places."""
 
     def __init__(self, file: Any, pieces: Sequence[tuple[int, int]]) -> None:
-        self._at, self._pieces = 0, []
+        super().__init__(max(end for _, end in pieces))
+        self._pieces = []
         for begin, end in pieces:
             file.seek(begin)
             self._pieces.append((begin, memoryview(file.read(end - begin))))
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        end = max(begin + len(data) for begin, data in self._pieces)
-        self._at = offset + (0, self._at, end)[whence]
-        return self._at
 
     def readinto(self, buffer: Any) -> int:
         target = memoryview(buffer)

@@ -75,7 +75,8 @@ def cluster(run: RunSettings, base: Path, report: Reporter) -> Iterator[Offer]:
             except Exception as error:  # bare ones where parts of Ray come too late
                 where = run.address or "this machine"
                 remedy = "" if run.address else "; try again, or without it: --runner local"
-                raise RunError(f"Ray can't be started on {where}: {error}{remedy}") from error
+                why = str(error).rstrip(".")
+                raise RunError(f"Ray can't be started on {where}: {why}{remedy}") from error
             stop.renew()  # Ray takes SIGTERM for itself
             if context.dashboard_url:
                 report.note(f"Ray dashboard: http://{context.dashboard_url}")

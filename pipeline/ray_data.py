@@ -47,8 +47,11 @@ from pipeline.workers.worker import AHEAD, Driver, InProcess, Runs, Worker, own_
 
 # A wave is one Dataset: enough units to keep a cluster busy, few enough for the driver's memory.
 WAVE_UNITS = 20_000
-# How often a unit is tried again when its worker dies under it, and a dead worker is replaced.
-TASK_RETRIES, WORKER_RESTARTS = 2, 3
+# How often a unit is tried again when the task at it dies, and a dead actor is replaced.
+TASK_RETRIES, ACTOR_RESTARTS = 2, 3
+# An actor's calls are tried again until it is dead for good: where a node is lost they fail at
+# once, over and over, until Ray has noticed, which takes it seconds.
+CALL_RETRIES = -1
 # Seconds that workers get to commit once somebody asked to stop: ending Ray takes some, too.
 STOP_SECONDS = 6.0
 
@@ -144,7 +147,7 @@ def _run_wave(
         share_ = workers[name]
         kind = _actor if share_.actor else _task
         limits = (
-            {"max_restarts": WORKER_RESTARTS, "max_task_retries": TASK_RETRIES}
+            {"max_restarts": ACTOR_RESTARTS, "max_task_retries": CALL_RETRIES}
             if share_.actor
             else {"max_retries": TASK_RETRIES}
         )
@@ -332,13 +335,18 @@ def _receipt(values: dict[str, Any]) -> Receipt:
 
 
 def _quiet() -> None:
-    """Ray's own bars and banners off: progress is drawn from what workers settle."""
+    """Ray's own bars and banners off: progress is drawn from what workers settle. Its traces are
+    for its log: what they are about is raised."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logger = logging.getLogger("ray.data")
+    logger.setLevel(logging.ERROR)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
 
 
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__

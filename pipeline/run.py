@@ -18,7 +18,7 @@ from pipeline.config import ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import Plan, plan, status
 from pipeline.report import Reporter
-from pipeline.resources import check_workdir, free_space
+from pipeline.resources import check_workdir, free_space, gpus_here, usable_gpus
 from pipeline.unit import EVERY_CLASS, Receipt, Retry
 from pipeline.workers import stop
 
@@ -103,6 +103,9 @@ def run(
     if todo.empty:
         index.refresh(pipeline)
         return Result(done, stages, False, status(pipeline))
+    settings = pipeline.config.run
+    if settings.gpus and settings.address is None:  # told at once, not by a Ray that has started
+        usable_gpus(settings, gpus_here())
     free = free_space(pipeline.config.workdir)
     if free is not None and free < LOW_SPACE:
         report.note(

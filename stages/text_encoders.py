@@ -137,14 +137,19 @@ class TextEncoder:
             raise StageError(
                 f"the tokenizer in {tokenizer} has no padding token: set padding: none"
             )
+        # Told to whoever commits, in another thread: a tokenizer keeps its settings between calls
+        # (whether to cut), so no two threads may use it.
+        self.empty_tokens = min(len(self._tokenizer("")["input_ids"]), max_length)
+        if not self.empty_tokens and padding == "none":
+            raise StageError(
+                f"the tokenizer in {tokenizer} makes no token of an empty caption, where a text "
+                "encoder's own ends each text with one: name that by embed.tokenizer"
+            )
         self._pad = int(pad or 0)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._max_length, self._padding, self._batch = max_length, padding, batch
         self._halving = Halving()
         self.encoded = 0  # captions that went through the encoder
-        # Told to whoever commits, in another thread: a tokenizer keeps its settings between calls
-        # (whether to cut), so no two threads may use it.
-        self.empty_tokens = min(len(self._tokenizer("")["input_ids"]), max_length)
 
     def encode(self, captions: Sequence[str]) -> list[Text | Failed]:
         """One embedding per caption, in order; each distinct one is encoded once. Failed for a

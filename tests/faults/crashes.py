@@ -49,12 +49,14 @@ class Crash:
     point: str | None = None
     call: int = 0
     seconds: float = 0.0
+    begun: str = ""  # on Ray they are counted from when this stage has begun, or any
     signal: int = signal.SIGKILL
 
     @property
     def name(self) -> str:
         how = self.point or ("SIGTERM" if self.signal == signal.SIGTERM else "some moment")
-        return f"{self.runner}: {self.victim}, {how}"
+        of = f" of {self.begun}" if self.begun else ""
+        return f"{self.runner}: {self.victim}, {how}{of}"
 
 
 @dataclass
@@ -128,7 +130,9 @@ class Harness:
 
     def _on_ray(self) -> Crash:
         victim = self.chance.choice(("driver", "worker", "ray worker", "raylet", "node"))
-        return Crash("ray", victim, seconds=self.chance.uniform(0.0, 4.0))
+        if self.chance.random() < 0.5:
+            return Crash("ray", victim, seconds=self.chance.uniform(0.0, 4.0))
+        return Crash("ray", victim, seconds=self.chance.uniform(0.0, 1.0), begun="chant")
 
     def _round(self, crash: Crash) -> None:
         self.report.rounds += 1
@@ -180,8 +184,14 @@ class Harness:
     def _kill(self, command: Command, crash: Crash, remove: Callable[[], None]) -> bool:
         if crash.runner == "ray":  # the moment is counted from when the work has begun
             log = self.folder / "plan" / "log"
+
+            def begun() -> bool:
+                if command.process.poll() is not None:
+                    return True
+                return log.exists() and f"begin {crash.begun}" in log.read_text()
+
             with contextlib.suppress(AssertionError):
-                until(lambda: log.exists() or command.process.poll() is not None, LONGEST)
+                until(begun, LONGEST)
         deadline = time.monotonic() + crash.seconds
         while time.monotonic() < deadline and command.process.poll() is None:
             time.sleep(0.01)

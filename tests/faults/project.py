@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stages.demo.shapes import scene, write_clip
 
-CLIPS, UNIT = 60, 6
+CLIPS, UNIT, CAPTIONS = 60, 6, 20
 CONFIG = """\
 source: {kind: jsonl, path: ../videos/clips.jsonl, root: ../videos}
 sampling: {fps: 8, frames: 4, size: 32, fit: crop}
@@ -16,11 +16,13 @@ score: {enabled: false}
 filter: {rules: {length: "len == 4"}}
 recaption: {enabled: false}
 encode: {vae: "demo://vae"}
-stages: {shout: {use: "toy_captions:Shout"}}
+stages:
+  shout: {use: "toy_captions:Shout"}
+  chant: {use: "toy_captions:Chant", workers: 2, cpus: 0.5}
 run: {unit_size: %d}
 """
-CAPTIONS = '''\
-"""A caption model that costs nothing, beside vidpipe.yaml as a user's own stage is."""
+TOY = '''\
+"""Caption models that cost nothing, beside vidpipe.yaml as a user's own stage is."""
 
 import pyarrow as pa
 
@@ -40,6 +42,17 @@ class Shout(Stage):
 
     def process(self, rows, model):
         return [{"loud": model(row["caption"])} for row in rows]
+
+
+class Chant(Shout):
+    """On Ray each worker has all rows of some captions, of all units."""
+
+    name = "chant"
+    adds = pa.schema([pa.field("chanted", pa.string())])
+    once = True
+
+    def process(self, rows, model):
+        return [{"chanted": model(row["caption"]) * 2} for row in rows]
 '''
 
 
@@ -53,14 +66,14 @@ def make_videos(folder: Path) -> None:
         write_clip(file, scene(number), Fraction(24), seconds, (48, 64))
         if number % 15 == 7:
             file.write_bytes(file.read_bytes()[:200])
-        rows.append({"path": file.name, "text": f"clip number {number}"})
+        rows.append({"path": file.name, "text": f"clip number {number % CAPTIONS}"})
     (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_project(folder: Path) -> Path:
     """A vidpipe.yaml over the videos in ../videos; returns its path."""
     folder.mkdir()
-    (folder / "toy_captions.py").write_text(CAPTIONS)
+    (folder / "toy_captions.py").write_text(TOY)
     file = folder / "vidpipe.yaml"
     file.write_text(CONFIG % UNIT)
     return file

@@ -17,6 +17,7 @@ QUICK = [
     Crash("local", "driver", "after commit", 5),
     Crash("local", "driver", "half compaction", 1),
     Crash("ray", "driver", seconds=0.2),
+    Crash("ray", "node", seconds=0.3, begun="chant"),  # Ray notices seconds after its actors
 ]
 
 

@@ -166,6 +166,15 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_more_gpus_than_there_are_is_said_before_anything_starts(
+    encoded: Path, runner: str
+) -> None:
+    words = ("--runner", runner, "--gpus", "999", "--set", "sampling.size=32")
+    done = vidpipe(encoded, "run", "encode", *words)
+    assert done.returncode == 2 and done.stderr.startswith("vidpipe: --gpus 999: this machine has")
+
+
 def test_a_replaced_file_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "vidpipe.yaml").write_text(

@@ -100,6 +100,22 @@ def test_padding_without_a_mask_is_another_embedding(t5: Path) -> None:
     assert isinstance(own, Text) and isinstance(padded, Text) and own.tokens == padded.tokens == 3
 
 
+def test_a_tokenizer_that_makes_nothing_of_an_empty_caption_is_refused(
+    t5: Path, tmp_path: Path
+) -> None:
+    import transformers
+    from tokenizers import processors
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(StageError, match=r"makes no token of an empty caption.*embed\.tokenizer"):
+        TextEncoder(str(t5), str(tmp_path), max_length=ROOM)
+    padded = TextEncoder(str(t5), str(tmp_path), max_length=ROOM, padding="max_length")
+    (empty,) = padded.encode([""])
+    assert tensor(empty).shape == (ROOM, 16) and padded.empty_tokens == 0
+
+
 @pytest.mark.parametrize(
     ("pipeline", "padding"), [("CogVideoXPipeline", "max_length"), ("LTXPipeline", "max_length")]
 )
