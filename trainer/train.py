@@ -217,7 +217,7 @@ def start(settings: TrainSettings) -> Accelerator:
         )
     torch.set_float32_matmul_precision("high")  # TF32 where there is: what is left in float32
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
             deepspeed_plugin=sharding.deepspeed(settings),
@@ -233,6 +233,9 @@ def start(settings: TrainSettings) -> Accelerator:
             f"accelerate's configuration or environment cannot be used ({error}): correct what "
             "--accelerate names"
         ) from error
+    zero = sharding.zero_stage(accelerator)
+    optimizers.check_spread(settings, fsdp2=accelerator.is_fsdp2, zero=bool(zero))
+    return accelerator
 
 
 def due(step: int, settings: TrainSettings, every: int) -> bool:

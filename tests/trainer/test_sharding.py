@@ -4,14 +4,17 @@ has them all."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.launching import Fleet, call, configuration, trainers
@@ -66,13 +69,26 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def shown(output: Path) -> np.ndarray:
+    """The samples of the end, each with its prompt above."""
+    (file,) = (output / "samples").iterdir()
+    with Image.open(file) as opened:
+        return np.asarray(opened, int).reshape(3, 23 + 128, -1, 3)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_that_of_one_process_and_goes_on_bit_for_bit(
-    kind: str, make_index: Any, settings_of: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    kind: str,
+    make_index: Any,
+    settings_of: Any,
+    vae: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """With accumulation, clipping, decay, validation and an average of the weights."""
-    made, size = make_index(sizes=(20, 10)), 2
+    """With accumulation, clipping, decay, validation, an average of the weights, and samples."""
+    made, size = make_index(sizes=(20, 10), vae=vae), 2
+    prompts = ["a red square", "a blue square", "a green square"]
     same: dict[str, Any] = {
         "batch_size": size,
         "gradient_accumulation": 2,
@@ -80,6 +96,7 @@ def test_a_run_is_that_of_one_process_and_goes_on_bit_for_bit(
         "learning_rate": 1e-2,
         "ema_decay": 0.9,
         "validation": {"share": 0.3, "every": 1000, "clips": 2},
+        "samples": {"prompts": prompts, "every": 1000, "format": "png", "guidance": 60},
         "save_every": 2,
     }
 
@@ -102,6 +119,9 @@ def test_a_run_is_that_of_one_process_and_goes_on_bit_for_bit(
     assert any(line.startswith(f"step {steps}/{steps}  validation") for line in lines)
     for name, value in weights(alone).items():
         torch.testing.assert_close(whole[name], value, rtol=1e-3, atol=1e-3)
+    one, two, three = (shown(tmp_path / name) for name in ("alone", "whole", "parts"))
+    assert (two == three).all() and np.abs(one - two).max() <= 8
+    assert all(np.abs(a - b).max() > 24 for a, b in itertools.combinations(one, 2))
     # The average is what is exported, and what a checkpoint is sampled with.
     newest = tmp_path / "whole" / f"checkpoint-{steps}"
     loaded, averaged = models.load(newest)[0].state_dict(), load_file(newest / "ema.safetensors")
