@@ -160,7 +160,7 @@ def judged(
         seeds = range(start, start + len(some))
         z = sample(model, config, some, guidance=args.guidance, seed=list(seeds))
         videos += [decode(vae, one, config.latents) for one in z]
-    picture = tile(videos[:SHOWN], prompts[:SHOWN], across(SHOWN, ".gif"))
+    picture = tile(videos[:SHOWN], prompts[:SHOWN], across(SHOWN))
     write(output / "samples.gif", picture, config.latents["sampling"]["fps"])
     found = [look(video) for video in videos]
     facts = [{**vars(seen), "prompt": text} for seen, text in zip(found, prompts, strict=True)]

@@ -17,7 +17,7 @@ from manifests.store import StoreError
 from manifests.view import UnitView
 from pipeline.config import CAPTIONED
 from pipeline.dag import Pipeline
-from pipeline.plan import views
+from pipeline.plan import status, views
 
 INDEX_NAME = "index/train.parquet"
 
@@ -49,7 +49,11 @@ def needed(pipeline: Pipeline) -> list[str]:
 
 def refresh(pipeline: Pipeline) -> int | None:
     """Writes the index anew if anything that it is made of has changed. Returns its number of
-    clips; None where the DAG has no encode stage or nothing is encoded yet."""
+    clips; None where the DAG has no encode stage, or nothing has changed.
+
+    Where no clip is ready there is none. Only while rows wait, as after a changed rule that was not
+    run yet, the one of before stays: it is what the settings of before are trained on.
+    """
     if "encode" not in pipeline.stages:
         return None
     column, wanted = caption_column(pipeline), needed(pipeline)
@@ -60,7 +64,9 @@ def refresh(pipeline: Pipeline) -> int | None:
     tables = (table for table in tables if len(table))
     ready = next(tables, None)
     if ready is None:
-        pipeline.store.delete(INDEX_NAME)
+        totals = status(pipeline)
+        if not any(totals[name].pending for name in pipeline.upstream(wanted)):
+            pipeline.store.delete(INDEX_NAME)
         return 0
     spec = LatentSpec.from_json(told(pipeline, ready.column("shard")[0].as_py()))
     stages = {n: pipeline.dag.layers[n].fingerprint for n in wanted}

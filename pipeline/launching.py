@@ -24,6 +24,7 @@ from pipeline.config import ConfigError
 from pipeline.resources import cores, gpus_here
 
 TRAINER = "trainer.train"
+LAUNCH = "trainer.launch"  # ends as the processes that a launcher starts
 DEFAULT_PORT = 29500  # that the first of several nodes listens on
 # What a launcher that is told to stop gives its processes to save: PyTorch's own is 30 s.
 SAVING_SECONDS = 1800
@@ -96,7 +97,7 @@ class Fleet:
                 *place,
                 NO_LOGS,
             ]
-        return [sys.executable, "-m", *launcher, "-m", *trainer]
+        return [sys.executable, "-m", LAUNCH, *launcher, "-m", *trainer]
 
 
 def fleet(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from manifests.faults import unusable
 from manifests.log import Counts
 from manifests.redact import redacted, shown
 from manifests.shards import Index
@@ -54,17 +55,19 @@ def settings(
 def prepare(pipeline: Pipeline, steps: int | None = None, output: str | None = None) -> Path:
     """Brings the index up to date and writes the trainer's settings; returns their file.
 
-    Raises ConfigError where no clip is ready.
+    Raises ConfigError where no clip is ready, StoreUnusable where it cannot be written.
     """
-    index.refresh(pipeline)
-    if not pipeline.store.find(index.INDEX_NAME):
+    if index.refresh(pipeline) == 0 or not pipeline.store.exists(index.INDEX_NAME):
         raise ConfigError(_nothing_ready(pipeline))
     chosen = settings(pipeline, steps, output)
     name_models(pipeline, chosen)
     folder = Path(chosen["output"])
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
-    file.write_text(json.dumps(redacted(chosen), indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(redacted(chosen), indent=1))
+    except OSError as error:
+        raise unusable(error, "write", str(file)) from error
     clips = Index.open(chosen["index"]).table.num_rows
     print(shown(f"training on {clips} clips, output in {folder}"), file=sys.stderr)
     if waiting := _pending(pipeline, status(pipeline)):
@@ -125,4 +128,18 @@ def _nothing_ready(pipeline: Pipeline) -> str:
             "clips that have no caption to rewrite are trained on without one by "
             "`--set recaption.enabled=false`"
         )
-    return f"no clip is ready to train on ({'; '.join(lines)}): {advice}"
+    culprit = next((n for n in pipeline.upstream(needed) if not totals[n].kept), None)
+    lost = f": {culprit} leaves none, {_lost(totals[culprit])}" if culprit else ""
+    stays = ". The index of before stays" * pipeline.store.exists(index.INDEX_NAME)
+    return f"no clip is ready to train on{lost} ({'; '.join(lines)}): {advice}{stays}"
+
+
+def _lost(counts: Counts) -> str:
+    """`5 rejected (bright 3, length 2), 1 failed (corrupt 1), 4 pending`"""
+    told = [f"{counts.pending} pending"] * bool(counts.pending)
+    for what, reasons in (("failed", counts.failed), ("rejected", counts.rejected)):
+        if reasons:
+            most = sorted(reasons.items(), key=lambda item: -item[1])
+            named = ", ".join(f"{reason} {n}" for reason, n in most)
+            told.insert(0, f"{sum(reasons.values())} {what} ({named})")
+    return ", ".join(told) or "as none reaches it"

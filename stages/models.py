@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from manifests import weights
+from manifests import hub, weights
 from stages.base import StageError
 from stages.remember import remembered
 
 DEMO = "demo://"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Copies of the same weights for other frameworks, of no use here.
 _FOREIGN = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "*.ot", "onnx/*", "original/*"]
@@ -30,21 +29,22 @@ def resolve(spec: str, revision: str | None = None, subfolder: str | None = None
     Raises StageError where it is missing or can't be fetched.
     """
     check(spec, subfolder)
-    folder = _local(spec) or Path(_download(spec, revision, subfolder, ()))
+    wanted = [f"{subfolder}/*"] if subfolder else None
+    folder = _local(spec) or _fetch(spec, revision, wanted, ())
     return str(folder / subfolder if subfolder else folder)
 
 
 def root(spec: str, revision: str | None = None, without: Sequence[str] = ()) -> Path:
     """The local folder of a model of several parts, whatever is in it; downloaded first where it
     is on the hub, but for the files that match a pattern of `without`. Raises StageError."""
-    return _local(spec) or Path(_download(spec, revision, None, without))
+    return _local(spec) or _fetch(spec, revision, None, without)
 
 
 def check(spec: str, subfolder: str | None = None) -> None:
     """Raises StageError for what is neither a hub id nor a local model. Touches no network."""
     folder = _local(spec)
     if folder is None:
-        if not _HUB_ID.fullmatch(spec):
+        if not hub.is_id(spec):
             raise StageError(
                 f"model {spec!r}: there is no such folder, and a hub id reads owner/name"
             )
@@ -127,40 +127,10 @@ def _local(spec: str) -> Path | None:
     return path.absolute() if looks_local or path.exists() else None
 
 
-def _download(
-    spec: str, revision: str | None, subfolder: str | None, without: Sequence[str]
-) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    wanted = [f"{subfolder}/*"] if subfolder else None
+def _fetch(
+    spec: str, revision: str | None, wanted: Sequence[str] | None, unwanted: Sequence[str]
+) -> Path:
     try:
-        return str(
-            snapshot_download(
-                spec,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=[*_FOREIGN, *without],
-            )
-        )
-    except GatedRepoError as error:
-        why, remedy = "its owner grants access", "ask for it on the hub, then set HF_TOKEN"
-        cause: Exception = error
-    except RepositoryNotFoundError as error:
-        why, remedy = "the hub has no such model, or it is private", "check the id, or set HF_TOKEN"
-        cause = error
-    except RevisionNotFoundError as error:
-        why, remedy = f"it has no revision {revision!r}", "check the revision"
-        cause = error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        first = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        why = f"the hub can't be reached ({first[0]})"
-        remedy = "download it where there is a network and name its folder, or set HF_ENDPOINT"
-        cause = error
-    raise StageError(f"model {spec} can't be fetched: {why}. Remedy: {remedy}.") from cause
+        return hub.fetch(spec, revision, wanted, [*_FOREIGN, *unwanted])
+    except hub.HubError as error:
+        raise StageError(f"model {error}") from error

@@ -12,14 +12,22 @@ from pathlib import Path
 import fsspec
 import pytest
 from parallel import (
-    ON_RAY,
+    is_on_ray,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_xdist_make_scheduler,
 )
 from s3_faults import ENVIRONMENT, Proxy, s3_server
+from shared_ray import on_runner, pytest_runtest_teardown, ray_address
 
-__all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_xdist_make_scheduler"]
+__all__ = [
+    "on_runner",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_runtest_teardown",
+    "pytest_xdist_make_scheduler",
+    "ray_address",
+]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -46,6 +54,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv("XDG_CACHE_HOME", caches)
             patch.setenv("XDG_STATE_HOME", states)
             patch.setenv("RAY_TMPDIR", place)
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # which a private Ray turns off by itself
             patch.setenv("TMPDIR", str(temporary))
             patch.setattr(tempfile, "tempdir", None)
             yield temporary
@@ -60,8 +69,7 @@ def listed_if_on_ray(own_folders: Path, request: pytest.FixtureRequest) -> Itera
 
     before = sessions()
     yield
-    file = request.node.nodeid.partition("::")[0]
-    assert file in ON_RAY or not sessions() - before, f"add {file} to ON_RAY in tests/parallel.py"
+    assert is_on_ray(request.node) or not sessions() - before, "add it to tests/parallel.py"
 
 
 @pytest.fixture(autouse=True)

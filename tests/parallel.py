@@ -35,6 +35,10 @@ def _file(nodeid: str) -> str:
     return nodeid.partition("::")[0]
 
 
+def is_on_ray(item: pytest.Item) -> bool:
+    return _file(item.nodeid) in ON_RAY
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files as a whole, since their tests share fixtures; those on Ray are as one file."""
@@ -50,4 +54,4 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: _file(item.nodeid) not in ON_RAY)
+        items.sort(key=lambda item: not is_on_ray(item))

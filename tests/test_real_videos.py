@@ -157,11 +157,11 @@ def test_latents_are_there_and_finite(once: tuple[Path, dag.Pipeline, Result]) -
 
 
 def test_ray_gives_the_same_manifest_and_latents(
-    once: tuple[Path, dag.Pipeline, Result], tmp_path: Path, shared_data: Path
+    once: tuple[Path, dag.Pipeline, Result], tmp_path: Path, shared_data: Path, ray_address: str
 ) -> None:
     """Two workers, batches of 8, against one loop with batches of 1."""
     settings = [f"{name}.batch_size=8" for name in once[1].stages]
-    settings += ["encode.workers=2", "run.runner=ray"]
+    settings += ["encode.workers=2", "run.runner=ray", f"run.address={ray_address}"]
     made = build(tmp_path, shared_data / "videos", *settings)
     assert not run(made, (), Retry(), Reporter()).faults
     assert query.select(made, None).equals(query.select(once[1], None))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from trainer.config import FamilySettings, SettingsError, TrainSettings
 from trainer.expected import check_expected, check_latents, check_shapes, check_text
 from trainer.keys import keyed
 from trainer.order import Order, Position, Shape, Step
-from trainer.posterior import Pool, Stack, posterior_sample
+from trainer.posterior import Pool, Stack, pinned, posterior_sample
 from trainer.reader import Place, Row, Shards, Wanted, read_ahead, read_rows
 
 # Of the memory an eighth may be shuffled together: `read_rows` reads each row group once if all
@@ -35,6 +36,7 @@ from trainer.reader import Place, Row, Shards, Wanted, read_ahead, read_rows
 # as two windows and a row group of each lane are long.
 SHUFFLED = 8
 ROW_GROUP = 16 << 20  # bytes, as vidpipe writes them
+SOME = 1 << 14  # clips whose ids are Python's strings at a time
 
 
 FIRST = "#first_frame"  # ends the name of a shard where its first frames are meant
@@ -107,7 +109,7 @@ class Loader:
             )
         check_expected(settings.expect, index.spec, index.text)
         check_shapes(index.table.column("shape"), index.spec)
-        table = index.table.sort_by([("shard", "ascending"), ("row", "ascending")])
+        table = _sorted(index.table)
         self.index, self.settings = index, settings
         self.rank, self.world, self.pin = rank, world, pin
         self.clips = table.column("clip_id")
@@ -129,14 +131,14 @@ class Loader:
         self.shard_of = shards.indices.to_numpy().astype(np.int64)
         self.rows = table.column("row").to_numpy()
         self.order = Order(
-            chain(self.shards, *(chunk.to_pylist() for chunk in self.clips.chunks)),
+            chain(self.shards, _texts(self.clips)),
             self.shard_of,
             table.column("shape"),
             settings.shuffle_window,
             settings.memory // SHUFFLED,
             settings.lanes,
         )
-        self.pool = Pool(self.memory // 4, pin)
+        self.pool = Pool(self.memory // 4)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -226,7 +228,8 @@ class Loader:
         for number, (stack, (kind, shape)) in enumerate(zip(made.stacks, kinds)):
             of = zip(step.visits, ids, rows[number * count :])
             latents = [self._checked(clip, name, row, shape) for (_, clip), name, row in of]
-            stored.append(stack.values(latents, [f"{kind} of clip {name}" for name in ids]))
+            values = stack.values(latents, [f"{kind} of clip {name}" for name in ids])
+            stored.append(pinned(values) if self.pin else values)
         embeddings = padded(texts, self.pin) if texts else None
         spec = self.index.spec
         return Batch(stored[0], spec, captions, embeddings, ids, epochs, step.position, *stored[1:])
@@ -246,3 +249,16 @@ class Loader:
                 f"where the index says {list(shape)}: run `vidpipe run encode`"
             )
         return row
+
+
+def _sorted(table: pa.Table) -> pa.Table:
+    """By shard and row; itself, and no copy of it, where it is, as the pipeline writes it."""
+    order = pc.sort_indices(table, [("shard", "ascending"), ("row", "ascending")])
+    in_order = np.array_equal(order.to_numpy(), np.arange(len(table), dtype=np.uint64))
+    return table if in_order else table.take(order)
+
+
+def _texts(column: pa.ChunkedArray) -> Iterator[str]:
+    """Its values, some thousands at a time."""
+    for begin in range(0, len(column), SOME):
+        yield from column.slice(begin, SOME).to_pylist()

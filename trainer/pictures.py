@@ -1,4 +1,4 @@
-"""Pictures of latents: decoded, tiled under their prompts, written as GIF, mp4 or PNG."""
+"""Pictures of latents: decoded, put under their prompts, written as GIF, mp4 or PNG."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 FORMATS = (".gif", ".mp4", ".png")
 PICTURES = 16  # frames decoded at once
 TILE = 192  # pixels: smaller videos are enlarged, so that the prompt above can be read
-SHEET = 8  # frames of a PNG
+STRIP, FRAME, GAP = 8, 128, 2  # frames of a video in a PNG, their least width, pixels between them
+LETTER, LINE = 7, 15  # pixels of a prompt
 
 
 def check_vae(
@@ -74,23 +75,34 @@ def decode(vae: Any, z: Tensor, latents: dict[str, Any]) -> NDArray[np.uint8]:
     return values.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def save(
+    path: Path, videos: Sequence[NDArray[np.uint8]], prompts: Sequence[str], fps: float
+) -> NDArray[np.uint8]:
+    """Writes videos of one shape, each with its prompt: a .gif or .mp4 of them all side by side, or
+    a .png with a row of each one's frames. Returns them side by side (F, H, W, 3)."""
+    frames = tile(videos, prompts, across(len(videos)))
+    if path.suffix == ".png":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(strips(videos, prompts)).save(path)
+    else:
+        write(path, frames, fps)
+    return frames
+
+
 def tile(
     videos: Sequence[NDArray[np.uint8]], prompts: Sequence[str], columns: int | None = None
 ) -> NDArray[np.uint8]:
     """Videos of one shape, each under its prompt, in rows of `columns` (default: one row):
     (F, H, W, 3), H and W even."""
+    videos = [_enlarged(video, TILE) for video in videos]
     frames, _, width, _ = videos[0].shape
-    factor = max(1, -(-TILE // width))
-    font = ImageFont.load_default(12)
-    captions = [textwrap.wrap(prompt, max(8, factor * width // 7)) for prompt in prompts]
-    above = 15 * max(map(len, captions)) + 8
+    heads = _heads(prompts, width)
+    above = max(len(head) for head in heads)
     tiles = []
-    for video, text in zip(videos, captions):
-        head = Image.new("RGB", (factor * width, above), "white")
-        ImageDraw.Draw(head).text((4, 3), "\n".join(text), "black", font)
-        large = video.repeat(factor, 1).repeat(factor, 2)
-        heads = np.broadcast_to(np.asarray(head), (frames, above, factor * width, 3))
-        tiles.append(np.concatenate([heads, large], 1))
+    for video, head in zip(videos, heads):
+        head = np.pad(head, [(0, above - len(head)), (0, 0), (0, 0)], constant_values=255)
+        repeated = np.broadcast_to(head, (frames, above, width, 3))
+        tiles.append(np.concatenate([repeated, video], 1))
     columns = columns or len(tiles)
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[n : n + columns], 2) for n in range(0, len(tiles), columns)]
@@ -99,31 +111,59 @@ def tile(
     return np.pad(joined, odd, mode="edge")  # as yuv420p wants them
 
 
-def across(videos: int, suffix: str) -> int:
-    """The columns of so many: about a square, but all of a PNG, where time goes downwards."""
-    return videos if suffix == ".png" or videos < 4 else math.ceil(math.sqrt(videos))
+def strips(videos: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> NDArray[np.uint8]:
+    """Videos of one shape, one below the other, of each its prompt and under it some frames in a
+    row, evenly apart from the first to the last: (H, W, 3)."""
+    length = len(videos[0])
+    chosen = np.linspace(0, length - 1, min(STRIP, length)).round().astype(int)
+    gap = [(0, 0), (0, 0), (0, GAP), (0, 0)]
+    rows = []
+    for video in videos:
+        frames = np.pad(_enlarged(video[chosen], FRAME), gap, constant_values=255)
+        rows.append(np.concatenate(list(frames), 1))
+    heads = _heads(prompts, rows[0].shape[1])
+    return np.concatenate([part for both in zip(heads, rows) for part in both])
+
+
+def _enlarged(frames: NDArray[np.uint8], least: int) -> NDArray[np.uint8]:
+    """Each pixel as a square of pixels, so that they are `least` wide."""
+    factor = max(1, -(-least // frames.shape[2]))
+    return frames.repeat(factor, 1).repeat(factor, 2)
+
+
+def _heads(prompts: Sequence[str], width: int) -> list[NDArray[np.uint8]]:
+    """The prompts in lines of `width` pixels, black on white: (H, width, 3)."""
+    font = ImageFont.load_default(12)
+    heads = []
+    for prompt in prompts:
+        lines = textwrap.wrap(prompt, max(8, width // LETTER))
+        head = Image.new("RGB", (width, LINE * len(lines) + 8), "white")
+        ImageDraw.Draw(head).text((4, 3), "\n".join(lines), "black", font)
+        heads.append(np.asarray(head))
+    return heads
+
+
+def across(videos: int) -> int:
+    """The columns of so many tiles: about a square."""
+    return videos if videos < 4 else math.ceil(math.sqrt(videos))
 
 
 def write(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
-    """A .gif or .mp4 of frames (F, H, W, 3), or a .png of some of them one below the other."""
+    """A .gif or .mp4 of frames (F, H, W, 3), their height and width even."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [Image.fromarray(frame) for frame in frames]
     if path.suffix == ".gif":
-        path.write_bytes(gif(pictures, fps))
-    elif path.suffix == ".png":
-        chosen = np.linspace(0, len(frames) - 1, min(SHEET, len(frames))).round().astype(int)
-        Image.fromarray(np.concatenate([frames[i] for i in chosen], 0)).save(path)
-    else:
-        import av
+        path.write_bytes(gif([Image.fromarray(frame) for frame in frames], fps))
+        return
+    import av
 
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt, stream.options = "yuv420p", {"crf": "16"}
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "16"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
 
 
 def gif(pictures: Sequence[Image.Image], fps: float) -> bytes:

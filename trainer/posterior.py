@@ -50,15 +50,13 @@ class Pool:
     """Memory of batches, used again when nobody has the batch any more: memory that is new costs as
     much time as reading into it. No more than `most` bytes wait for their use."""
 
-    def __init__(self, most: int, pin: bool = False) -> None:
-        self._most, self._pin = most, pin
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._free: dict[int, deque[NDArray[np.uint8]]] = defaultdict(deque)
         self._waiting = 0
 
     def take(self, size: int) -> Tensor:
         """`size` bytes of any value."""
-        if self._pin:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)  # torch has such a pool
         try:
             whole = self._free[size].pop()
             self._waiting -= size
@@ -120,6 +118,18 @@ class Stack:
         self._size, self._filled = size, set()
         self._memory = self._pool.take(self._count * size)
         self._bytes = self._memory.numpy().data
+
+
+def pinned(values: Tensor) -> Tensor:
+    """A copy in page-locked memory, which a GPU reads while it computes.
+
+    torch makes each such block as large as the next power of two, and keeps it for the next one. So
+    batches lie there that are ready, and not all that is held ahead of them.
+    """
+    made = torch.empty_like(values, pin_memory=True)
+    # One thread's plain copy, as above.
+    made.view(torch.uint8).numpy()[...] = values.view(torch.uint8).numpy()
+    return made
 
 
 def _as_float32(row: Latent, name: str) -> Latent:

@@ -25,7 +25,7 @@ from trainer import checkpoint, models, objectives
 from trainer.checkpoint import CheckpointError
 from trainer.config import ModelConfig, SettingsError
 from trainer.families import Family
-from trainer.pictures import FORMATS, across, decode, load_vae, tile, write
+from trainer.pictures import FORMATS, decode, load_vae, save
 from trainer.prompts import text_of
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def make(
     **sampling: Any,
 ) -> NDArray[np.uint8]:
     """Samples `num` videos of each prompt, of `seed` and those after it, decodes and writes them;
-    returns the frames written. `sampling` as in `sample`; `told` hears what is being done."""
+    returns them side by side. `sampling` as in `sample`; `told` hears what is being done."""
     if out.suffix not in FORMATS:
         raise SettingsError(f"--out is {out}: it must end in .gif, .mp4 or .png")
     try:
@@ -172,9 +172,7 @@ def make(
         videos += [decode(decoder, one, config.latents) for one in latents]
         told(f"{len(videos)} of {len(wanted)} videos are made")
     titles = [f"{prompt} ({n})" if num > 1 else prompt for prompt, n in wanted]
-    frames = tile(videos, titles, across(len(videos), out.suffix))
-    write(out, frames, config.latents["sampling"].get("fps", 16))
-    return frames
+    return save(out, videos, titles, config.latents["sampling"].get("fps", 16))
 
 
 def read_prompts(file: Path) -> list[str]:

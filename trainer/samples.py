@@ -20,15 +20,15 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from manifests.shards import Index
-from trainer import trackers
 from trainer.config import FamilySettings, ModelConfig, SettingsError, TrainSettings
 from trainer.data import Loader
 from trainer.families import Family
 from trainer.losses import Traits, shift_of
 from trainer.models import Text, VideoDiT
-from trainer.pictures import across, check_vae, decode, load_vae, tile, write
+from trainer.pictures import check_vae, decode, load_vae, save
 from trainer.prompts import text_of
 from trainer.sample import denoise
+from trainer.trackers import Trackers, first_line
 from trainer.validation import by_draw
 
 FOLDER = "samples"  # in the output folder
@@ -83,7 +83,14 @@ class Samples:
                 "are held back, or leave train.samples out"
             )
 
-    def make(self, model: nn.Module, traits: Traits, step: int, say: Callable[[str], None]) -> None:
+    def make(
+        self,
+        model: nn.Module,
+        traits: Traits,
+        step: int,
+        tracked: Trackers,
+        say: Callable[[str], None],
+    ) -> None:
         """Samples with the model as it is, writes, and shows it to the trackers. All processes
         call it. What fails once the model has done its part is said, and ends no training."""
         latents = self._sample(model, traits)
@@ -91,17 +98,15 @@ class Samples:
             return
         chosen = self._settings.samples
         file = self._settings.output / FOLDER / f"step_{step:06}.{chosen.format}"
+        fps = self._config.latents["sampling"].get("fps", 16)
         try:
-            videos = self._decode(latents)
-            frames = tile(videos, self.prompts, across(len(videos), file.suffix))
-            fps = self._config.latents["sampling"].get("fps", 16)
-            write(file, frames, fps)
-            trackers.show(self._accelerator, FOLDER, file, frames, fps, self.prompts, step)
-        except (torch.OutOfMemoryError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            frames = save(file, self._decode(latents), self.prompts, fps)
+        except Exception as error:  # noqa: BLE001  a VAE, a codec and a disk each have their own
+            reason = first_line(error)
             say(f"step {step}: no samples, as they cannot be decoded or written: {reason}")
-        else:
-            say(f"step {step}/{self._settings.steps}  samples in {file}")
+            return
+        say(f"step {step}/{self._settings.steps}  samples in {file}")
+        tracked.show(FOLDER, file, frames, fps, self.prompts, step)
 
     def _sample(self, model: nn.Module, traits: Traits) -> Tensor:
         """Latents of all prompts."""

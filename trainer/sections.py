@@ -177,7 +177,7 @@ class SamplesSettings(Section):
     )
     every: int = Field(500, ge=1, description="steps between them; and at the end")
     format: Literal["gif", "mp4", "png"] = Field(
-        "gif", description="of samples/step_000500.gif; png: frames one below the other"
+        "gif", description="of samples/step_000500.gif; png: some frames of each in a row"
     )
     steps: int = Field(30, ge=1, description="model calls of the sampler")
     guidance: float = Field(3.0, description="1: none")

@@ -8,6 +8,7 @@ last of them padded; with ZeRO-1 and 2, and without any of it, each process has 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, parse_flag_from_env
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.config import SettingsError, TrainSettings
 
@@ -85,6 +83,8 @@ def ready(accelerator: Accelerator, model: nn.Module) -> None:
     if dtype is None or kind(accelerator) == WHOLE:
         return
     if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -124,14 +124,16 @@ def first() -> bool:
 
 def part(weight: Weight) -> Tensor:
     """What this process holds of a weight, in place: its shard, or all of it."""
-    held: Tensor = weight.ds_tensor if _cut_flat(weight) else weight
-    held = held.detach()
-    return held.to_local() if isinstance(held, DTensor) else held
+    held = (weight.ds_tensor if _cut_flat(weight) else weight).detach()
+    local: Tensor = held.to_local() if _is_dtensor(held) else held
+    return local
 
 
 def whole(weight: Weight, held: Tensor) -> Tensor:
     """What the parts `held` by all processes make, in the weight's shape. All call it."""
-    if isinstance(weight, DTensor):
+    if _is_dtensor(weight):
+        from torch.distributed.tensor import DTensor
+
         mesh, shape, stride = weight.device_mesh, weight.shape, weight.stride()
         made = DTensor.from_local(held, mesh, weight.placements, shape=shape, stride=stride)
         return made.full_tensor()
@@ -148,7 +150,9 @@ def whole(weight: Weight, held: Tensor) -> Tensor:
 
 def cut(weight: Weight, value: Tensor) -> Tensor:
     """The part of `value`, in the weight's shape, that this process holds."""
-    if isinstance(weight, DTensor):
+    if _is_dtensor(weight):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(
             value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
         ).to_local()
@@ -175,8 +179,9 @@ def put(weight: Weight, held: Tensor) -> None:
 def reshard(model: nn.Module) -> None:
     """Gives up whole weights that FSDP2 keeps from a pass without gradients: what is put into their
     parts would not be seen."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
+    loaded: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if loaded else ():
+        if isinstance(module, loaded.FSDPModule):
             module.reshard()
 
 
@@ -192,6 +197,8 @@ def saved(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The whole weights of such a checkpoint: those named in `like`, of its shapes, or with
     DeepSpeed those that it holds, in float32. Raises SettingsError where DeepSpeed is missing."""
     if (folder / FSDP_PARTS).exists():
+        from torch.distributed.checkpoint.state_dict_loader import load
+
         state = {"model": {name: torch.empty_like(value) for name, value in like.items()}}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
@@ -211,6 +218,13 @@ def saved(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
         ) from error
     weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), ZERO)
     return weights
+
+
+def _is_dtensor(value: Any) -> bool:
+    """Whoever has one has loaded its module, which takes half a second of CPU: a training that
+    spreads no weights starts without."""
+    loaded: Any = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(value, loaded.DTensor)
 
 
 def _cut_flat(weight: Weight) -> bool:

@@ -1,7 +1,8 @@
 """Where a run is told to beside the console: TensorBoard, Weights & Biases, Trackio.
 
-accelerate begins and ends them and hands them the numbers; here is what it does not do: settings
-and samples in a form that each shows, and that a run which goes on is the same run there as well.
+accelerate begins and ends them; here is what it does not do: settings and samples in a form that
+each shows, that a run which goes on is the same run there as well, and that it goes on where one of
+them fails.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +45,11 @@ def check(settings: TrainSettings) -> None:
                 ) from error
 
 
-def begin(accelerator: Accelerator, settings: TrainSettings, step: int) -> None:
+def begin(
+    accelerator: Accelerator, settings: TrainSettings, step: int, say: Callable[[str], None]
+) -> Trackers:
     """Begins them, or goes on behind `step`, and tells them the settings. Raises SettingsError
-    where one cannot be used."""
+    where one cannot be used. `say` hears of one that fails later."""
     label = settings.run_name
     options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
     if accelerator.is_main_process and set(EXTRAS) & set(settings.trackers):
@@ -72,38 +75,79 @@ def begin(accelerator: Accelerator, settings: TrainSettings, step: int) -> None:
             f"train.trackers: one of {', '.join(settings.trackers)} cannot begin: {what} "
             "(WANDB_MODE=offline keeps the run here; `wandb login` once otherwise), or leave it out"
         ) from error
+    return Trackers(accelerator, say)
 
 
-def end(accelerator: Accelerator) -> None:
-    with redirect_stdout(sys.stderr):
-        for tracker in accelerator.trackers:
-            if tracker.name == "trackio" and accelerator.is_main_process:
+class Trackers:
+    """Those of a run that has begun. One that fails, its server gone or its disk full, is said to
+    fail and asked again the next time: it ends no training."""
+
+    def __init__(self, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+        self._accelerator, self._say = accelerator, say
+        self._failing: set[str] = set()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Tells the numbers of a step."""
+        self._each(f"step {step}", lambda tracker: tracker.log(values, step=step))
+
+    def show(
+        self,
+        name: str,
+        file: Path,
+        frames: NDArray[np.uint8],
+        fps: float,
+        prompts: Sequence[str],
+        step: int,
+    ) -> None:
+        """Shows a video, `frames` (F, H, W, 3), that stands in `file`. The first process calls
+        it."""
+
+        def show(tracker: Any) -> None:
+            if tracker.name == "tensorboard":
+                _to_tensorboard(tracker.tracker, name, frames, fps, step)
+                return
+            module = importlib.import_module(tracker.name)
+            picture, caption = file.suffix == ".png", "; ".join(prompts)
+            shown = (
+                module.Image(str(file), caption=caption)
+                if picture
+                else module.Video(str(file), caption=caption, format=file.suffix[1:])
+            )
+            tracker.log({name: shown}, step=step)
+
+        self._each(f"step {step}", show)
+
+    def end(self) -> None:
+        def end(tracker: Any) -> None:
+            if tracker.name == "trackio" and self._accelerator.is_main_process:
                 importlib.import_module("trackio").finish()  # else at exit again, on stdout
-        accelerator.end_training()
+            tracker.finish()
+
+        with redirect_stdout(sys.stderr):
+            self._each("the end", end)
+            self._accelerator.trackers = []
+            self._accelerator.end_training()
+
+    def _each(self, when: str, do: Callable[[Any], None]) -> None:
+        for tracker in self._accelerator.trackers:
+            name = tracker.name
+            try:
+                do(tracker)
+            except Exception as error:  # noqa: BLE001  each has its own
+                if name not in self._failing:
+                    self._failing.add(name)
+                    reason = first_line(error)
+                    self._say(f"{when}: {name} cannot be told, which ends no training: {reason}")
+            else:
+                if name in self._failing:
+                    self._failing.remove(name)
+                    self._say(f"{when}: {name} can be told again")
 
 
-def show(
-    accelerator: Accelerator,
-    name: str,
-    file: Path,
-    frames: NDArray[np.uint8],
-    fps: float,
-    prompts: Sequence[str],
-    step: int,
-) -> None:
-    """Shows a video, `frames` (F, H, W, 3), that stands in `file`. The first process calls it."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            _to_tensorboard(tracker.tracker, name, frames, fps, step)
-            continue
-        module = importlib.import_module(tracker.name)
-        picture, caption = file.suffix == ".png", "; ".join(prompts)
-        shown = (
-            module.Image(str(file), caption=caption)
-            if picture
-            else module.Video(str(file), caption=caption, format=file.suffix[1:])
-        )
-        tracker.log({name: shown}, step=step)
+def first_line(error: Exception) -> str:
+    """Its type, and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 def _to_tensorboard(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,14 +21,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch import Tensor, nn
 
 from manifests.redact import redact_logs, shown
 from manifests.shards import Index, ShardError
 from trainer import checkpoint as checkpoints
-from trainer import optimizers, sharding, trackers
-from trainer.checkpoint import CheckpointError, adapters_only
+from trainer import disk, ending, optimizers, sharding, trackers
+from trainer.checkpoint import CheckpointError, Unwritten, adapters_only
 from trainer.config import ModelConfig, SettingsError, TrainSettings, load_settings
 from trainer.data import Batch, Loader
 from trainer.ema import FILE as EMA
@@ -120,7 +121,7 @@ def train(settings: TrainSettings) -> Path:
         ema = Ema(accelerator.unwrap_model(model), settings.ema_decay, settings.ema_power)
     if ema is not None and found and (found.folder / EMA).exists():
         ema.load(found.folder)
-    trackers.begin(accelerator, settings, step)
+    tracked = trackers.begin(accelerator, settings, step, say)
     say(
         f"{len(loader)} clips of {loader.shapes}, {parameters:,} parameters, {world} x "
         f"{device.type}, mixed precision {accelerator.mixed_precision}, steps {step} to "
@@ -167,12 +168,12 @@ def train(settings: TrainSettings) -> Path:
                     "grad_norm": float(norm),
                     "epoch": position.epoch,
                 }
-                accelerator.log(values, step=step)
+                tracked.log(values, step)
                 say(line(step, settings.steps, values, world))
             if validation is not None and due(step, settings, settings.validation.every):
                 with meter.aside():
                     values = validation.losses(model, traits, ema)
-                accelerator.log(values, step=step)
+                tracked.log(values, step)
                 say(f"step {step}/{settings.steps}  {told(values)}")
             if due(step, settings, settings.save_every) or stopped:
                 with meter.aside():
@@ -181,7 +182,7 @@ def train(settings: TrainSettings) -> Path:
                     )
             if samples is not None and due(step, settings, settings.samples.every) and not stopped:
                 with meter.aside(), average_of(ema):
-                    samples.make(model, traits, step, say)
+                    samples.make(model, traits, step, tracked, say)
 
     # ------------------------------------------------------------------------- the end
     if step >= settings.steps:
@@ -190,7 +191,7 @@ def train(settings: TrainSettings) -> Path:
     else:
         say(f"stopped at step {step} of {settings.steps}: the same command goes on from there")
     accelerator.print(f"checkpoint: {folder}")
-    trackers.end(accelerator)
+    tracked.end()
     return folder
 
 
@@ -255,7 +256,7 @@ def check_finite(
     bad = [clip for clip, fine in zip(batch.clip_ids, losses.isfinite().tolist()) if not fine]
     raise Diverged(
         f"the loss is no finite number at step {step + 1}, of clips "
-        f"{', '.join(bad) or 'of another process'}: look at their latents{_after(batch, saved)}"
+        f"{', '.join(gather_object(bad))}: look at their latents{_after(batch, saved)}"
     )
 
 
@@ -277,11 +278,11 @@ def check_gradient(norm: float, batch: Batch, step: int, saved: Path | None) -> 
 
 
 def _after(batch: Batch, saved: Path | None) -> str:
-    """What to do, and what of, when a step cannot be taken."""
+    """What to do, and what of, when a step cannot be taken. All processes call it."""
     there = f"the last good checkpoint, {saved}" if saved else "the start (there is no checkpoint)"
     return (
         f", or train with a lower train.learning_rate or in bf16 from {there}. The batch: "
-        f"{', '.join(batch.clip_ids)}"
+        f"{', '.join(gather_object(batch.clip_ids))}"
     )
 
 
@@ -317,12 +318,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, type=Path, help="JSON file of the settings")
     redact_logs()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher that is to outlive it may ignore it
+    ending.watch()
+    file = parser.parse_args(arguments).config
     try:
-        train(load_settings(parser.parse_args(arguments).config))
+        settings = load_settings(file)
+        with disk_faults(settings.output):
+            train(settings)
     except (SettingsError, ShardError, CheckpointError, Diverged) as error:
-        print(shown(f"vidpipe train: {error}"), file=sys.stderr)
-        return 1 if isinstance(error, Diverged) else 2
+        own = 1 if isinstance(error, Diverged) else 2
+        code = ending.tell(shown(f"vidpipe train: {error}"), own)
+        if isinstance(error, Unwritten):
+            shutil.rmtree(error.part, ignore_errors=True)
+        return code
+    except Exception as error:
+        if (code_of_another := ending.noted()) is not None:
+            return code_of_another  # which is why this one fails, too
+        if not ending.lost(error):
+            raise
+        return ending.tell(shown(f"vidpipe train: {_lost(error)}"), ending.LOST)
     return 0
+
+
+@contextmanager
+def disk_faults(output: Path) -> Iterator[None]:
+    """Raises CheckpointError where there is no room for anything else that is written, as logs."""
+    before = threading.excepthook
+
+    def of_thread(fault: threading.ExceptHookArgs) -> None:
+        if not disk.full(fault.exc_value):  # what TensorBoard's then raises here, too
+            before(fault)
+
+    threading.excepthook = of_thread
+    try:
+        yield
+    except OSError as error:
+        if not disk.full(error):
+            raise
+        file = Path(error.filename) if isinstance(error.filename, str) else output
+        raise CheckpointError(checkpoints.unwritten(file, error, output)) from error
+    finally:
+        threading.excepthook = before
+
+
+def _lost(error: Exception) -> str:
+    return (
+        f"another process is gone or cannot be reached ({' '.join(str(error).split())}): the same "
+        "command goes on from the newest checkpoint"
+    )
 
 
 if __name__ == "__main__":

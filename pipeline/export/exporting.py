@@ -85,8 +85,8 @@ def export(
     if "encode" not in pipeline.stages:
         raise ExportError("there is no encode stage: `encode.enabled` is false")
     folder = Path(out).absolute()
-    training_index.refresh(pipeline)
-    if not pipeline.store.exists(training_index.INDEX_NAME):
+    ready = training_index.refresh(pipeline)
+    if ready == 0 or not pipeline.store.exists(training_index.INDEX_NAME):
         raise ExportError("no clip is ready to export: `vidpipe run` first")
     opened = Index.open(training_index.path(pipeline))
     target = TARGETS[name](opened, options, folder)

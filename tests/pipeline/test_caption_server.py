@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from moody import Moody
 CLIPS = 240
 AT_ONCE = 8
 PROMPTS = [f"a dog of number {number}" for number in range(CLIPS)]
+OnRunner = Callable[[str], dict[str, str]]
 RUNNERS = ["local", "ray"]
 # Set aside after the first connection that fails, and tried again after `backoff`, twice that, ...
 CONFIG = """
@@ -43,6 +44,11 @@ def captions(folder: Path, server: Moody, retries: int) -> Path:
     return project(folder, PROMPTS, more=CONFIG % (server.url, AT_ONCE, retries), on=("recaption",))
 
 
+def recaption(folder: Path, how: dict[str, str]) -> Command:
+    words = [word for name, value in how.items() for word in (f"--{name}", value)]
+    return Command(folder, "run", "recaption", *words)
+
+
 def answered(server: Moody) -> int:
     return server.met["none"]
 
@@ -63,9 +69,11 @@ def right(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_server_that_comes_back_is_waited_for(tmp_path: Path, server: Moody, runner: str) -> None:
+def test_a_server_that_comes_back_is_waited_for(
+    tmp_path: Path, server: Moody, on_runner: OnRunner, runner: str
+) -> None:
     made = captions(tmp_path, server, retries=20)
-    command = Command(made, "run", "recaption", "--runner", runner)
+    command = recaption(made, on_runner(runner))
     until(lambda: answered(server) >= 70)
     server.close()
     until(lambda: "is set aside" in command.said)
@@ -80,10 +88,10 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path: Path, server: Moody, r
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_server_that_stays_away_ends_the_run_and_the_next_one_finishes(
-    tmp_path: Path, server: Moody, runner: str
+    tmp_path: Path, server: Moody, on_runner: OnRunner, runner: str
 ) -> None:
     made = captions(tmp_path, server, retries=2)
-    command = Command(made, "run", "recaption", "--runner", runner)
+    command = recaption(made, on_runner(runner))
     until(lambda: answered(server) >= 70)
     server.close()
     assert command.wait() == 1, command.said
@@ -96,7 +104,7 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_finishes(
     assert before["kept"] + before["pending"] == CLIPS
     assert not sum(before["failed"].values())
     server.open()
-    again = Command(made, "run", "recaption", "--runner", runner)
+    again = recaption(made, on_runner(runner))
     assert again.wait() == 0, again.said
     assert account(made, "recaption")["kept"] == CLIPS
     assert asked_twice(server) <= server.most, "what is committed is not asked again"

@@ -45,11 +45,12 @@ def test_so_many_of_a_run_by_one_worker(tmp_path: Path, most: int, isolate: bool
 
 
 def test_so_many_of_a_run_by_workers_side_by_side(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    how = {"runner": "ray", "address": ray_address, "isolate": True}
     stage = {"workers": 3, "cpus": 0.3}
-    assert len(looked_at(tmp_path, CAPTIONS, 5, runner="ray", isolate=True, stage=stage)) == 5
+    assert len(looked_at(tmp_path, CAPTIONS, 5, stage=stage, **how)) == 5
 
 
 @pytest.mark.parametrize("isolate", [False, True])

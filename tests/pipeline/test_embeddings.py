@@ -155,11 +155,11 @@ def test_each_distinct_caption_is_encoded_once_over_units_and_runs(
 
 
 def test_workers_side_by_side_encode_no_caption_twice(
-    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
 ) -> None:
     """Each gets the rows of some captions, of all units, whatever comes when."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    on_ray = {"runner": "ray", "isolate": True, "unit_size": 8}
+    on_ray = {"runner": "ray", "address": ray_address, "isolate": True, "unit_size": 8}
     one = made(tmp_path, encoder, MANY * 6, run=on_ray, workers=2, cpus=0.5)
     go(one)
     log = one.dag.log(one.store, "embed")

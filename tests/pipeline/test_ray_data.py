@@ -1,4 +1,4 @@
-"""The Ray runner on a real, private Ray: the same files as the loop, faults told, nothing left."""
+"""The Ray runner on a real Ray: the same files as the loop, faults told, nothing left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.config import RunSettings
 from pipeline.errors import RunError
 from pipeline.ray_cluster import cluster
 from pipeline.report import Reporter
-from pipeline.run import run
+from pipeline.run import Result, run
 from pipeline.unit import Receipt, Retry
 from pipeline.workers import stop
 from stages.base import Outcome, Row
@@ -62,26 +62,89 @@ def manifest(made: Any) -> Any:
     return query.select(made, None).sort_by("clip_id")
 
 
-@pytest.mark.parametrize(("workers", "batch", "isolate"), [(1, 8, False), (2, 1, True)])
-def test_the_same_manifest_as_the_loop(
-    tmp_path: Path, workers: int, batch: int, isolate: bool
-) -> None:
-    (tmp_path / "loop").mkdir()
-    loop = pipeline(tmp_path / "loop", CAPTIONS)
-    run(loop, (), Retry(), Reporter())
-    settings = {name: {"workers": workers, "batch_size": batch} for name in loop.stages}
-    (tmp_path / "ray").mkdir()
-    run_settings = {"runner": "ray", "isolate": isolate}
-    made = pipeline(tmp_path / "ray", CAPTIONS, settings=settings, run=run_settings)
-    heard = Heard()
-    result = run(made, (), Retry(), heard, explain=True)
+class Scraping(Heard):
+    """Reads the metrics port, as Prometheus would, while the run is going on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples: set[str] = set()
+
+    def unit(self, receipt: Receipt) -> None:
+        import ray
+
+        super().unit(receipt)
+        port = ray.nodes()[0]["MetricsExportPort"]
+        deadline = time.monotonic() + 30
+        while receipt.stage == "shout" and not self.samples and time.monotonic() < deadline:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+                lines = page.read().decode().splitlines()
+            self.samples = {line for line in lines if line.startswith("ray_vidpipe_")}
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The captions through the loop."""
+    made = pipeline(tmp_path_factory.mktemp("loop"), CAPTIONS)
+    run(made, (), Retry(), Reporter())
+    return made
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Result, Scraping, set[int]]:
+    """The same on a private Ray: what was made and heard, and the processes that were left."""
+    settings = {name: {"workers": 1, "batch_size": 8} for name in ("length", "limit", "shout")}
+    heard = Scraping()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        before = rays()
+        how = {"runner": "ray"}
+        made = pipeline(tmp_path_factory.mktemp("ray"), CAPTIONS, settings=settings, run=how)
+        result = run(made, (), Retry(), heard, explain=True)
+    return made, result, heard, rays() - before
+
+
+def same(made: Any, result: Result, heard: Heard, loop: Any) -> None:
     assert not result.faults
     assert manifest(made).drop_columns("origin").equals(manifest(loop).drop_columns("origin"))
     wanted = {name: result.status[name].total for name in made.stages}
     assert heard.settled == wanted, "every row is reported once"
-    assert any(note.startswith("Ray dashboard: http://127.0.0.1:") for note in heard.notes)
     assert any(note.startswith("pass 1: length") for note in heard.notes)
-    assert not rays(), "processes were left"
+
+
+def test_the_same_manifest_as_the_loop(
+    private: tuple[Any, Result, Scraping, set[int]], loop: Any
+) -> None:
+    made, result, heard, left = private
+    same(made, result, heard, loop)
+    assert any(note.startswith("Ray dashboard: http://127.0.0.1:") for note in heard.notes)
+    assert not left, "processes were left"
+
+
+def test_counters_per_stage_and_outcome_are_exported(
+    private: tuple[Any, Result, Scraping, set[int]],
+) -> None:
+    heard = private[2]
+    found = {
+        tuple(re.findall(r'(?:[Oo]utcome|[Ss]tage|what)="([^"]+)"', line)) for line in heard.samples
+    }
+    assert {frozenset(pair) for pair in found} >= {
+        frozenset(("length", "kept")),
+        frozenset(("length", "rejected")),
+        frozenset(("length", "bad")),
+    }, heard.samples
+
+
+def test_the_same_manifest_by_two_workers_each_with_a_process_of_its_own(
+    tmp_path: Path, ray_address: str, loop: Any
+) -> None:
+    settings = {name: {"workers": 2, "batch_size": 1} for name in ("length", "limit", "shout")}
+    how = {"runner": "ray", "address": ray_address, "isolate": True}
+    made = pipeline(tmp_path, CAPTIONS, settings=settings, run=how)
+    heard, before = Heard(), rays()
+    same(made, run(made, (), Retry(), heard, explain=True), heard, loop)
+    assert not rays() - before, "processes were left"
 
 
 @pytest.mark.parametrize("name", ["t", "long" * 15])
@@ -133,9 +196,10 @@ def test_a_second_ctrl_c_takes_rays_temporary_files_along(
         assert not places[0].exists()
 
 
-def test_an_exception_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_an_exception_is_told_and_the_rest_goes_on(tmp_path: Path, ray_address: str) -> None:
     captions = ["crash", "a", "b", "c", "d e", "f g h", "i", "j"]
-    made = pipeline(tmp_path, captions, run={"runner": "ray", "unit_size": 4})
+    run_settings = {"runner": "ray", "address": ray_address, "unit_size": 4}
+    made = pipeline(tmp_path, captions, run=run_settings)
     result = run(made, (), Retry(), Reporter())
     assert [(r.stage, r.error) for r in result.faults] == [
         ("length", "ZeroDivisionError: a fault of the stage")
@@ -155,6 +219,7 @@ def test_a_worker_that_keeps_dying_ends_the_run_and_keeps_what_is_committed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sys.modules["test_ray_data"] = sys.modules[__name__]
+    before = rays()
     made = pipeline(tmp_path, ["a", "b"], [Length, Limit, Dying], run={"runner": "ray"})
     with pytest.raises(RunError, match="shout: a worker died and its retries are used up") as told:
         run(made, (), Retry(), Reporter())
@@ -162,42 +227,7 @@ def test_a_worker_that_keeps_dying_ends_the_run_and_keeps_what_is_committed(
     again = pipeline(tmp_path, ["a", "b"])
     result = run(again, (), Retry(), Reporter())
     assert result.status["shout"] == Counts(2, 2)
-    assert not rays(), "processes were left"
-
-
-class Scraping(Reporter):
-    """Reads the metrics port, as Prometheus would, while the run is going on."""
-
-    def __init__(self) -> None:
-        self.samples: set[str] = set()
-
-    def unit(self, receipt: Receipt) -> None:
-        import ray
-
-        port = ray.nodes()[0]["MetricsExportPort"]
-        deadline = time.monotonic() + 30
-        while receipt.stage == "shout" and not self.samples and time.monotonic() < deadline:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-                lines = page.read().decode().splitlines()
-            self.samples = {line for line in lines if line.startswith("ray_vidpipe_")}
-            time.sleep(0.5)
-
-
-def test_counters_per_stage_and_outcome_are_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
-    made = pipeline(tmp_path, CAPTIONS, run={"runner": "ray"})
-    heard = Scraping()
-    assert not run(made, (), Retry(), heard).faults
-    found = {
-        tuple(re.findall(r'(?:[Oo]utcome|[Ss]tage|what)="([^"]+)"', line)) for line in heard.samples
-    }
-    assert {frozenset(pair) for pair in found} >= {
-        frozenset(("length", "kept")),
-        frozenset(("length", "rejected")),
-        frozenset(("length", "bad")),
-    }, heard.samples
+    assert not rays() - before, "processes were left"
 
 
 def test_a_cluster_that_brings_its_workers_is_waited_for(
@@ -229,12 +259,13 @@ def test_a_cluster_that_brings_its_workers_is_waited_for(
 
 
 def test_large_units_travel_in_parts_where_a_model_is_at_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
 ) -> None:
     for module in ("ray_data", "resources"):
         monkeypatch.setattr(f"pipeline.{module}.PART_ROWS", (5, 5))
     captions = [f"clip {i}" if i % 7 else "bad" for i in range(24)]
-    made = pipeline(tmp_path, captions, run={"runner": "ray", "unit_size": 12})
+    run_settings = {"runner": "ray", "address": ray_address, "unit_size": 12}
+    made = pipeline(tmp_path, captions, run=run_settings)
     heard = Heard()
     result = run(made, (), Retry(), heard)
     assert not result.faults
@@ -248,8 +279,10 @@ def test_large_units_travel_in_parts_where_a_model_is_at_work(
     assert heard.units == dict.fromkeys(made.stages, 2), "a unit is told of once"
 
 
-def test_a_run_outlives_the_process_that_it_reports_to(tmp_path: Path) -> None:
+def test_a_run_outlives_the_process_that_it_reports_to(tmp_path: Path, ray_address: str) -> None:
     import psutil
+
+    began = time.time()
 
     class Killing(Heard):
         killed = 0
@@ -257,11 +290,13 @@ def test_a_run_outlives_the_process_that_it_reports_to(tmp_path: Path) -> None:
         def rows(self, stage: str, counts: Counts) -> None:
             super().rows(stage, counts)
             for process in psutil.Process().children(recursive=True) if not self.killed else ():
-                if process.name().startswith("ray::Tally"):
+                # That of a run before may not be gone yet.
+                if process.name().startswith("ray::Tally") and process.create_time() > began:
                     process.kill()
                     self.killed += 1
 
-    made = pipeline(tmp_path, ["0.2"] * 24, [Slow], run={"runner": "ray"})
+    how = {"runner": "ray", "address": ray_address}
+    made = pipeline(tmp_path, ["0.2"] * 24, [Slow], run=how)
     heard = Killing()
     result = run(made, (), Retry(), heard)
     assert heard.killed == 1

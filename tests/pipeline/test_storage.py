@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +30,7 @@ from pipeline.unit import Retry
 from pipeline.upkeep.audit import audit
 from pipeline.upkeep.verify import verify
 
+OnRunner = Callable[[str], dict[str, Any]]
 CAPTIONS = ["a red cat", "", "bad", "one two three four five", "dog", None]
 
 
@@ -39,16 +40,17 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
-def toys(folder: Path, workdir: str, runner: str = "local", **settings: Any) -> Pipeline:
+def toys(folder: Path, workdir: str, how: Mapping[str, Any] = {}) -> Pipeline:
     """The toy pipeline, its table in `folder` and its workdir anywhere."""
-    made = pipeline(folder, CAPTIONS, settings=settings)
-    of = made.config
-    return dag.build(replace(of, workdir=workdir, run=of.run.model_copy(update={"runner": runner})))
+    of = pipeline(folder, CAPTIONS).config
+    return dag.build(replace(of, workdir=workdir, run=of.run.model_copy(update=how)))
 
 
 @pytest.mark.parametrize("runner", ["local", "ray"])
-def test_a_run_on_s3_gives_what_one_on_disk_gives(tmp_path: Path, s3: Proxy, runner: str) -> None:
-    there = toys(tmp_path, f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}", runner)
+def test_a_run_on_s3_gives_what_one_on_disk_gives(
+    tmp_path: Path, s3: Proxy, on_runner: OnRunner, runner: str
+) -> None:
+    there = toys(tmp_path, f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}", on_runner(runner))
     here = toys(tmp_path, str(tmp_path / "work"))
     result, expected = (run(made, (), Retry(), Reporter()) for made in (there, here))
     assert not result.faults
@@ -95,7 +97,9 @@ encode: {vae: "demo://vae"}
 """
 
 
-def test_real_videos_are_encoded_into_s3(tmp_path: Path, s3: Proxy, shared_data: Path) -> None:
+def test_real_videos_are_encoded_into_s3(
+    tmp_path: Path, s3: Proxy, on_runner: OnRunner, shared_data: Path
+) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
     for name in ("crystal.mp4", "flower.webm", "fire2.mp4", "broken_header_only.mp4"):
@@ -107,7 +111,8 @@ def test_real_videos_are_encoded_into_s3(tmp_path: Path, s3: Proxy, shared_data:
     ):
         file = tmp_path / "vidpipe.yaml"
         file.write_text(YAML.replace("WORKDIR", workdir).replace("VIDEOS", str(videos)))
-        made = dag.build(config.load(str(file), (f"run.runner={runner}",)))
+        how = [f"run.{name}={value}" for name, value in on_runner(runner).items()]
+        made = dag.build(config.load(str(file), how))
         result = run(made, (), Retry(), Reporter())
         assert not result.faults and result.status["encode"].kept == 2
         proved = audit(made)
@@ -124,11 +129,15 @@ def test_real_videos_are_encoded_into_s3(tmp_path: Path, s3: Proxy, shared_data:
 
 @pytest.mark.parametrize("runner", ["local", "ray"])
 def test_a_disk_that_fills_up_ends_the_run_and_a_second_one_finishes(
-    tmp_path: Path, small_disk: Path, remount: Callable[[str], None], runner: str
+    tmp_path: Path,
+    small_disk: Path,
+    remount: Callable[[str], None],
+    on_runner: OnRunner,
+    runner: str,
 ) -> None:
     def made() -> Pipeline:
         p = pipeline(tmp_path, CAPTIONS, (Length, Limit, Heavy))
-        settings = p.config.run.model_copy(update={"runner": runner})
+        settings = p.config.run.model_copy(update=on_runner(runner))
         return dag.build(replace(p.config, workdir=str(small_disk / "work"), run=settings))
 
     with pytest.raises(StoreUnusable, match=r"can't write .*/heavy/.*the disk is full \(.* free"):

@@ -13,7 +13,7 @@ from toys import pipeline as toys
 
 from manifests.intake import scan
 from manifests.shards import LATENTS, LatentSpec
-from pipeline import training
+from pipeline import index, training
 from pipeline.config import ConfigError, parse
 from pipeline.dag import build
 from pipeline.report import Reporter
@@ -94,11 +94,32 @@ def test_what_waits_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     told = capsys.readouterr().err
     assert "training on 2 clips" in told
     assert "not trained on are rows that wait: 2 at length. `vidpipe run` brings them in" in told
-    changed = toys(tmp_path, [*captions, "new", "newer"], stages, {"limit": {"most": 1}})
+
+
+def test_where_nothing_is_ready_it_is_told_why_and_the_index_stays(tmp_path: Path) -> None:
+    stages = [Length, Limit, Encode]
+    captions: list[str | None] = ["a red cat", "dog", "a very long one"]
+    made = toys(tmp_path, captions, stages)
+    run(made, (), Retry(), Reporter())
+    file = Path(made.store.path(index.INDEX_NAME))
+    before = file.read_bytes()
+    changed = toys(tmp_path, captions, stages, {"limit": {"most": 0}})
     with pytest.raises(ConfigError) as error:
         training.prepare(changed)
+    assert "ready to train on: limit leaves none, 3 pending (" in str(error.value)
     assert "limit: 0 kept, 0 rejected, 0 failed, 3 pending; encode: " in str(error.value)
     assert "`vidpipe run` first" in str(error.value)
+    assert str(error.value).endswith(". The index of before stays")
+    assert file.read_bytes() == before and not index.up_to_date(changed)
+    assert index.refresh(made) is None, "back with the rule of before it is the right one"
+
+    # Only once it is certain that there is nothing, it goes.
+    run(changed, (), Retry(), Reporter())
+    assert not file.exists()
+    with pytest.raises(ConfigError) as error:
+        training.prepare(changed)
+    assert "limit leaves none, 3 rejected (too_long 3) (" in str(error.value)
+    assert "stays" not in str(error.value)
 
 
 def test_samples_are_told_their_vae(tmp_path: Path) -> None:

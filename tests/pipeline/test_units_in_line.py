@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.streams import Streams
 from pipeline.unit import Piece, Receipt, Retry
 from pipeline.workers.watch import Verdict, Watch
 
+OnRunner = Callable[[str], dict[str, Any]]
 CAPTIONS = [f"clip {i}" for i in range(12)]
 
 
@@ -205,12 +206,12 @@ def test_a_stop_commits_the_answers_of_all_and_leaves_the_rest(tmp_path: Path) -
 
 @pytest.mark.parametrize(("runner", "most"), [("local", 1), ("ray", 4)])
 def test_workers_get_the_next_unit_while_they_are_at_one(
-    tmp_path: Path, runner: str, most: int
+    tmp_path: Path, on_runner: OnRunner, runner: str, most: int
 ) -> None:
     """Eight units. On Ray the next one is on its way while a worker is at one, which a busy machine
     may take as long for as these small units last."""
     settings = {"modelled": {"folder": str(tmp_path), "workers": 1}}
-    how = {"runner": runner, "isolate": True, "unit_size": 16}
+    how = {**on_runner(runner), "isolate": True, "unit_size": 16}
     captions = [f"clip {i}" for i in range(128)]
     made = pipeline(tmp_path, captions, [Modelled], settings, how)
     assert run(made, (), Retry(), Reporter()).status["modelled"] == Counts(128, 128)
@@ -219,11 +220,11 @@ def test_workers_get_the_next_unit_while_they_are_at_one(
 
 @pytest.mark.parametrize("runner", ["local", "ray"])
 def test_a_death_with_two_units_in_flight_costs_the_clip_that_kills(
-    tmp_path: Path, runner: str
+    tmp_path: Path, on_runner: OnRunner, runner: str
 ) -> None:
     captions = [*CAPTIONS[:4], "SIGKILL", *CAPTIONS[4:]]
     settings = {"modelled": {"folder": str(tmp_path), "workers": 1}}
-    how = {"runner": runner, "isolate": True, "unit_size": 3}
+    how = {**on_runner(runner), "isolate": True, "unit_size": 3}
     made = pipeline(tmp_path, captions, [Killing], settings, how)
     result = run(made, (), Retry(), Reporter())
     assert not result.faults

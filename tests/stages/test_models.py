@@ -69,6 +69,8 @@ def test_the_hubs_cache_is_not_read_again(model: Path, tmp_path: Path) -> None:
         ("a/b/c", "there is no folder"),
         ("demo://nothing", "there is no folder"),
         ("owner/name with blanks", "a hub id reads owner/name"),
+        ("models/t5--small", "a hub id reads owner/name"),
+        ("models/vae.", "a hub id reads owner/name"),
     ],
 )
 def test_what_is_no_model_is_told(spec: str, why: str) -> None:
@@ -122,5 +124,7 @@ except StageError as error:
     folder, label, error = done.stdout.splitlines()
     assert folder == str(snapshot)
     assert label == f"owner/name@{COMMIT[:12]}"
-    assert error.startswith("model owner/other can't be fetched")
-    assert "Remedy: download it where there is a network" in error
+    assert error.startswith("model revision v2 of owner/other can't be fetched: ")
+    assert error.endswith(
+        "fetch it where there is a network and name its folder, or set HF_ENDPOINT"
+    )

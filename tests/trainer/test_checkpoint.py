@@ -129,9 +129,63 @@ def test_an_incomplete_checkpoint_is_passed_over(
         checkpoints.latest(tmp_path)
     assert "checkpoint-10 is damaged" in str(error.value)
     assert "checkpoint-5 is incomplete" in str(error.value)
-    assert "Delete them" in str(error.value)
+    assert "Set train.output to a new folder, or delete them" in str(error.value)
     assert save(accelerator, tmp_path, 10) == damaged  # in place of the damaged one
     assert checkpoints.read(damaged).step == 10
+
+
+def change(folder: Path, **values: Any) -> None:
+    """Sets keys of its trainer.json; None takes them out."""
+    file = folder / "trainer.json"
+    state = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({k: v for k, v in state.items() if v is not None}))
+
+
+def test_a_checkpoint_of_before_weights_could_be_spread_is_gone_on_with(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    folder = save(accelerator, tmp_path, 5)
+    now = checkpoints.read(folder)
+    change(folder, format=None, sharding=None, processes=None)
+    assert checkpoints.read(folder) == now
+    checkpoints.restore(accelerator, checkpoints.read(folder), config())
+    # And of before each shape had an order of its own: the next epoch begins.
+    change(folder, position={"epoch": 2, "consumed": 7, "seed": 3, "order": "ab"})
+    found = checkpoints.read(folder)
+    assert (found.position.epoch, found.position.seed, found.position.order) == (2, 3, "")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"format": 2}, "its format is 2, and this one knows those up to 1"),
+        ({"position": {"epoch": 1, "seed": 0}}, "'given' is missing"),
+        ({"position": None}, "'position' is missing"),
+    ],
+)
+def test_one_of_another_version_is_no_damaged_one(
+    values: dict[str, Any], told: str, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    save(accelerator, tmp_path, 5)
+    newest = save(accelerator, tmp_path, 10)
+    change(newest, **values)
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.latest(tmp_path)  # does not go back to the one before
+    said = str(error.value)
+    assert said.startswith(f"{newest} is whole, but of another version of vidpipe ({told})")
+    assert "set train.output to a new folder" in said and "elete" not in said
+
+
+def test_a_model_described_by_another_version_is_no_damaged_one(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    folder = save(accelerator, tmp_path, 5)
+    told = json.dumps(json.loads((folder / "config.json").read_text()) | {"flavour": "new"})
+    (folder / "config.json").write_text(told)
+    state = json.loads((folder / "trainer.json").read_text())
+    change(folder, files=state["files"] | {"config.json": len(told)})
+    with pytest.raises(CheckpointError, match=r"is whole, but of another version .*flavour"):
+        checkpoints.latest(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -392,3 +392,18 @@ def test_read_ahead_raises_what_its_source_raised() -> None:
     with pytest.raises(ShardError, match="damaged"):
         next(items)
     assert list(read_ahead(iter("abc"), 2)) == ["a", "b", "c"]
+
+
+def test_an_index_that_is_in_order_is_not_copied(make_index: Any, settings_of: Any) -> None:
+    """Its clips may be millions; one that is not in order gives the same visits."""
+    made = make_index()
+    index = made.open()
+    loader = Loader(index, settings_of(made))
+    ids = (loader.clips, index.table["clip_id"])
+    own, theirs = (column.chunk(0).buffers()[2] for column in ids)
+    assert own.address == theirs.address
+    upside = replace(index, table=index.table.take(list(range(20, -1, -1))))
+    other = Loader(upside, settings_of(made))
+    assert other.start() == loader.start() and other.shards == loader.shards
+    one, two = ([b.clip_ids for b in take(source, 12)] for source in (loader, other))
+    assert one == two and len({clip for ids in one for clip in ids}) == 21

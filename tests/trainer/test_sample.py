@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from trainer import objectives, sample
+from trainer import objectives, pictures, sample
 from trainer.config import DiTSettings, ModelConfig, SettingsError, TextSettings
 from trainer.models import BEGIN, tokenise
 from trainer.objectives import Kind
@@ -123,9 +123,8 @@ def test_video_vaes_are_given_a_video() -> None:
 
 
 def test_many_tiles_make_rows() -> None:
-    assert [sample.across(n, ".gif") for n in (1, 3, 4, 5, 9, 10)] == [1, 3, 2, 3, 3, 4]
-    assert sample.across(9, ".png") == 9
-    joined = sample.tile(clips(3), ["a", "b", "c"], 2)
+    assert [pictures.across(n) for n in (1, 3, 4, 5, 9, 10)] == [1, 3, 2, 3, 3, 4]
+    joined = pictures.tile(clips(3), ["a", "b", "c"], 2)
     above = 15 + 8
     assert joined.shape[1:3] == (2 * (above + 189), 2 * 195)
     assert (joined[:, 2 * above + 189 :, 195:] == 255).all(), "nothing below the second"
@@ -138,7 +137,7 @@ def clips(count: int = 2) -> list[np.ndarray]:
 
 def test_tiles_stand_side_by_side_under_their_prompts() -> None:
     made = clips()
-    joined = sample.tile(made, ["red", "a long prompt that surely takes more than one line"])
+    joined = pictures.tile(made, ["red", "a long prompt that surely takes more than one line"])
     width = joined.shape[2] // 2
     assert width == 3 * 65 and joined.shape[0] == 9 and joined.shape[1] % 2 == 0
     above = 15 * 2 + 8
@@ -149,20 +148,44 @@ def test_tiles_stand_side_by_side_under_their_prompts() -> None:
     assert (head[:, :width] < 128).any() and (head[:, width:] < 128).any()
 
 
-@pytest.mark.parametrize("name", ["a.gif", "deep/a.mp4", "a.png"])
+@pytest.mark.parametrize(("length", "chosen"), [(16, [0, 2, 4, 6, 9, 11, 13, 15]), (3, [0, 1, 2])])
+def test_a_png_has_a_row_of_frames_under_each_prompt(
+    length: int, chosen: list[int], tmp_path: Path
+) -> None:
+    """Which are enlarged to 130 pixels, with 2 pixels of white behind each."""
+    draw = np.random.default_rng(0)
+    made = [draw.integers(0, 256, (length, 63, 65, 3), dtype=np.uint8) for _ in range(2)]
+    width = 132 * len(chosen)
+    prompts = ["red", "word " * (width // 7 // 5 + 1)]  # of one line, and of two
+    file = tmp_path / "deep" / "a.png"
+    joined = pictures.save(file, made, prompts, 16.0)
+    assert (joined == pictures.tile(made, prompts, 2)).all()
+    with Image.open(file) as opened:
+        found = np.asarray(opened)
+    above = 0
+    for video, lines in zip(made, (1, 2)):
+        head = found[above : above + 15 * lines + 8]
+        assert (head < 128).any((1, 2))[-15:].any(), "its last line is there"
+        above += len(head)
+        row = found[above : above + 126].reshape(126, len(chosen), 132, 3)
+        assert (row[::2, :, :130:2] == video[chosen].transpose(1, 0, 2, 3)).all()
+        assert (row[:, :, 130:] == 255).all()
+        above += 126
+    assert found.shape == (above, width, 3)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "deep/a.mp4"])
 def test_files(name: str, tmp_path: Path) -> None:
     frames = np.zeros((16, 32, 64, 3), np.uint8)
     frames[:, :, 32:] = np.linspace(0, 255, 16).astype(np.uint8)[:, None, None, None]
     file = tmp_path / name
-    sample.write(file, frames, 16.0)
+    pictures.write(file, frames, 16.0)
     if file.suffix == ".mp4":
         with av.open(str(file)) as container:
             stream = container.streams.video[0]
             assert stream.average_rate == 16
             found = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
         assert np.abs(found.astype(int) - frames).mean() < 3 and found.shape == frames.shape
-    elif file.suffix == ".png":
-        assert Image.open(file).size == (64, 8 * 32)
     else:
         with Image.open(file) as gif:
             assert (gif.n_frames, gif.size) == (16, (64, 32))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from av.codec.codec import UnknownCodecError
 from networks import CONFIGS
 from PIL import Image
 from safetensors.torch import load_file
@@ -85,7 +86,7 @@ def test_captions_of_clips_that_are_held_back(
     train(settings)
     assert "3 prompts are sampled every 6 steps" in capsys.readouterr().err
     (file,) = (settings.output / "samples").iterdir()
-    assert file.name == "step_000006.png" and Image.open(file).size[0] == 3 * 192
+    assert file.name == "step_000006.png" and Image.open(file).size == (4 * 130, 3 * (23 + 128))
     with pytest.raises(SettingsError, match=r"samples\.prompts is 3, .* validation\.share is 0"):
         settings_of(made, samples=samples)
 
@@ -159,7 +160,40 @@ def test_a_picture_that_cannot_be_written_ends_no_training(
     (settings.output / "samples").touch()  # where the folder is to be
     train(settings)
     told = capsys.readouterr().err
-    assert "step 3: no samples, as they cannot be decoded or written: " in told
+    assert "step 3: no samples, as they cannot be decoded or written: FileExistsError: " in told
+    assert "trained 6 steps" in told
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("decode", RuntimeError("no kernel image is available\nfor this device")),
+        ("save", UnknownCodecError("libx264")),  # of a PyAV that was built without
+    ],
+)
+def test_a_vae_or_codec_that_fails_ends_no_training(
+    part: str,
+    error: Exception,
+    make_index: Any,
+    settings_of: Any,
+    vae: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    works, steps = getattr(samples_of, part), iter((3, 6))
+
+    def once(*values: Any) -> Any:
+        if next(steps, 6) == 3:
+            raise error
+        return works(*values)
+
+    monkeypatch.setattr(samples_of, part, once)
+    settings = settings_of(make_index(vae=vae), samples={"prompts": PROMPTS, "every": 3})
+    train(settings)
+    told = capsys.readouterr().err
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}\n"
+    assert f"step 3: no samples, as they cannot be decoded or written: {reason}" in told
+    assert [f.name for f in (settings.output / "samples").iterdir()] == ["step_000006.gif"]
     assert "trained 6 steps" in told
 
 

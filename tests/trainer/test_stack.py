@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import time
 from contextlib import closing
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from manifests.shards import Latent
 from trainer.data import Loader
+from trainer.order import Position
 from trainer.posterior import Pool, Stack
 
 
@@ -69,3 +72,34 @@ def test_who_writes_into_a_batch_changes_no_other(make_index: Any, settings_of: 
                 stored.fill_(7)
                 visits += 1
     assert visits == 48
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_batches_that_are_ready_are_pinned(
+    dtype: str, make_index: Any, settings_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch rounds such memory up: what is held ahead is not to be in it."""
+    made = make_index(sizes=(20, 20), dtype=dtype, first_frame=True)
+    settings = settings_of(made, batch_size=2, read_ahead=3)
+    with closing(Loader(made.open(), settings).batches(Position(0, (0,), 0, ""))) as batches:
+        want = [batch.stored for batch in islice(batches, 6)]
+    plain, asked = torch.empty_like, []
+
+    def locked(values: torch.Tensor, pin_memory: bool) -> torch.Tensor:
+        """As where there is a GPU."""
+        assert pin_memory
+        asked.append(values.nbytes)
+        return plain(values)
+
+    monkeypatch.setattr(torch, "empty_like", locked)
+    loader = Loader(made.open(), settings, pin=True)
+    assert loader.memory > 20 * want[0].nbytes, "all is held ahead"
+    with closing(loader.batches(Position(0, (0,), 0, ""))) as batches:
+        found = []
+        for number in range(1, 7):
+            found.append(next(batches).stored)
+            deadline = time.monotonic() + 60
+            while len(asked) < number + 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert asked == [want[0].nbytes] * (number + 3)
+    assert all(torch.equal(one, other) for one, other in zip(found, want, strict=True))

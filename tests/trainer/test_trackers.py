@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainer import trackers
 from trainer.train import main, train
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +159,39 @@ def test_a_tracker_that_cannot_begin_is_told(
     assert main(["--config", str(file)]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("vidpipe train: train.trackers: one of tensorboard cannot begin: ")
+
+
+def test_a_tracker_that_fails_ends_no_training(
+    vae_settings: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At steps 2 to 4, at what it is shown, and when it is ended."""
+    log, finish = TensorBoardTracker.log, TensorBoardTracker.finish
+
+    def fails(tracker: Any, values: Any, step: int, **options: Any) -> None:
+        if 2 <= step <= 4:
+            raise ConnectionResetError("the server is gone\nsince yesterday")
+        log(tracker, values, step, **options)
+
+    def cannot_finish(tracker: Any) -> None:
+        finish(tracker)
+        raise RuntimeError
+
+    def cannot_show(*values: Any) -> None:
+        raise ValueError("no such picture")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fails)
+    monkeypatch.setattr(TensorBoardTracker, "finish", cannot_finish)
+    monkeypatch.setattr(trackers, "_to_tensorboard", cannot_show)
+    settings = vae_settings(steps=6)
+    saved = train(settings)
+    captured = capsys.readouterr()
+    told = [line for line in captured.err.splitlines() if ": tensorboard " in line]
+    why = "tensorboard cannot be told, which ends no training"
+    assert told == [
+        f"step 2: {why}: ConnectionResetError: the server is gone",
+        "step 5: tensorboard can be told again",
+        f"step 6: {why}: ValueError: no such picture",
+    ]
+    assert saved.name == "checkpoint-6" and captured.out == f"checkpoint: {saved}\n"
+    found = EventAccumulator(str(settings.output / "logs" / "vidpipe")).Reload()
+    assert [event.step for event in found.Scalars("loss")] == [1, 5, 6]

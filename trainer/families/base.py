@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from manifests import hub
 from trainer import lora
 from trainer.config import FamilySettings, ModelConfig, SettingsError
-from trainer.families import hub
 
 TIMESTEPS = 1000  # the time scale of them all
+OTHERS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")  # copies of the weights in a hub's repository
 
 
 class Family(nn.Module):
@@ -119,10 +121,10 @@ class Family(nn.Module):
     @classmethod
     def describe(cls, settings: FamilySettings) -> tuple[dict[str, Any], str | None]:
         """The config.json of what `path` names, and in which of its folders it is."""
-        path, errors = str(settings.path), []
+        errors = []
         names = [settings.subfolder or cls.part, None]
         wanted = ["/".join(filter(None, (name, "config.json"))) for name in names]
-        place = hub.local(path) or hub.fetch(path, settings.revision, wanted)
+        place = fetched(settings, wanted)
         for folder in names:
             try:
                 options = {"subfolder": folder} if folder else {}
@@ -264,13 +266,30 @@ class Family(nn.Module):
         self.net.load_state_dict(load_network(self.network, folder / self.part))
 
 
+def fetched(settings: FamilySettings, wanted: Sequence[str]) -> Path:
+    """The folder that `path` names, or on the hub, with the files of `wanted`. Raises
+    SettingsError."""
+    path = str(settings.path)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not hub.is_id(path):
+        raise SettingsError(
+            f"train.model.path: there is no folder {path}, and a hub id reads owner/name"
+        )
+    try:
+        return hub.fetch(path, settings.revision, wanted, OTHERS)
+    except hub.HubError as error:
+        raise SettingsError(f"train.model.path: {error}") from error
+
+
 def load(name: str, settings: FamilySettings, folder: str | None) -> nn.Module:
     """A network of diffusers in float32, all of whose weights are there. Raises SettingsError."""
     options = {"subfolder": folder} if folder else {}
-    path, prefix = str(settings.path), f"{folder}/" if folder else ""
+    prefix = f"{folder}/" if folder else ""
     weights = "diffusion_pytorch_model*"
     files = ("config.json", f"{weights}.safetensors", f"{weights}.safetensors.index.json")
-    place = hub.local(path) or hub.fetch(path, settings.revision, [prefix + f for f in files])
+    place = fetched(settings, [prefix + file for file in files])
     try:
         net, info = diffusers_class(name).from_pretrained(
             place,
