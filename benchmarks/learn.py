@@ -44,12 +44,13 @@ recaption: {{engine: transformers, model: "demo://captioner"}}
 encode: {{vae: "demo://vae"}}
 train:
   steps: {steps}
-  batch_size: 16
+  batch_size: 8
   learning_rate: 1.0e-3
   lr_schedule: cosine
   warmup: 50
+  ema_decay: 0.999
   shift: 3
-  model: {{patch: [4, 2, 2], width: 192, depth: 4, heads: 6}}
+  model: {{patch: [8, 2, 2], width: 192, depth: 4, heads: 6}}
   text: {{layers: 0}}
   log_every: 100
   save_every: 1000
@@ -179,10 +180,10 @@ if __name__ == "__main__":
         measure,
         __doc__ or "",
         {
-            "--clips": {"type": int, "default": 1500},
-            "--steps": {"type": int, "default": 3000},
+            "--clips": {"type": int, "default": 5000},
+            "--steps": {"type": int, "default": 12000},
             "--samples": {"type": int, "default": 64},
-            "--guidance": {"type": float, "default": 2.0},
+            "--guidance": {"type": float, "default": 1.5},
             "--folder": {"type": Path, "help": "kept, and gone on from; default: one that goes"},
         },
     )

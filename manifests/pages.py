@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -202,28 +203,33 @@ def _values(
 ) -> Iterator[memoryview | None]:
     """The values of `rows`. `source` begins with the column chunk of `size` bytes.
 
-    Raises pa.ArrowInvalid where it is damaged.
+    Raises pa.ArrowInvalid where it is damaged; of bytes that are others than they were, that is
+    seen in pages all of whose values are wanted.
     """
     wanted, first = iter(rows), all_rows.start  # of the page
     row = next(wanted, None)
     while row is not None:
         page = _page(source, size, all_rows.stop - first, optional)
         if row < first + page.rows:
-            there = _present(source, page, optional)
-            at, place = first, source.tell()
+            there, total = _present(source, page, optional)
+            at, place, whole = first, source.tell(), True
             while row is not None and row < first + page.rows:
                 skipped = int(np.count_nonzero(there[at - first : row - first])) if row > at else 0
                 for _ in range(skipped):
                     place = source.seek(place + 4 + _length(source, page.end - place))
+                whole = whole and not skipped
                 if there[row - first]:
                     length = _length(source, page.end - place)
                     place += 4 + length
                     if source.readinto(memory := into(row, length)) != length:
                         raise pa.ArrowInvalid(_CUT)
+                    total = zlib.crc32(memory, zlib.crc32(length.to_bytes(4, "little"), total))
                     yield memory
                 else:
                     yield None
                 at, row = row + 1, next(wanted, None)
+            if whole and place == page.end and page.checksum not in (None, total):
+                raise pa.ArrowInvalid("a page holds other bytes than its checksum is of")
         source.seek(page.end)
         first += page.rows
 
@@ -232,6 +238,7 @@ class _Page(NamedTuple):
     rows: int  # values, with those that are missing
     end: int  # in the source
     levels: int | None  # bytes of definition levels; None: they tell themselves
+    checksum: int | None  # CRC-32 of what follows the header
 
 
 def _page(source: io.BufferedIOBase, size: int, most: int, optional: bool) -> _Page:
@@ -250,7 +257,9 @@ def _page(source: io.BufferedIOBase, size: int, most: int, optional: bool) -> _P
         raise pa.ArrowInvalid("a page is not encoded as its column chunk says")
     if optional and kind == _PAGE and _int(header, 3) != _RLE:
         raise pa.ArrowInvalid("a page's levels are not encoded in RLE")
-    return _Page(count, end, None if kind == _PAGE else _int(header, 5))
+    signed = fields.get(4)
+    checksum = signed & 0xFFFFFFFF if isinstance(signed, int) else None
+    return _Page(count, end, None if kind == _PAGE else _int(header, 5), checksum)
 
 
 def _length(source: io.BufferedIOBase, left: int) -> int:
@@ -261,14 +270,19 @@ def _length(source: io.BufferedIOBase, left: int) -> int:
     return length
 
 
-def _present(source: io.BufferedIOBase, page: _Page, optional: bool) -> NDArray[np.bool_]:
-    """Which of a page's values there are, by their definition levels of one bit in RLE."""
-    size = page.levels
+def _present(
+    source: io.BufferedIOBase, page: _Page, optional: bool
+) -> tuple[NDArray[np.bool_], int]:
+    """Which of a page's values there are, by their definition levels of one bit in RLE; and the
+    CRC-32 of what tells it."""
+    size, told = page.levels, b""
     if size is None:
-        size = int.from_bytes(_exactly(source, 4), "little") if optional else 0
+        told = _exactly(source, 4) if optional else b""
+        size = int.from_bytes(told, "little")
     if source.tell() + size > page.end:
         raise pa.ArrowInvalid("a page's levels are longer than the page")
-    levels, left = io.BytesIO(_exactly(source, size)), page.rows * optional
+    told += _exactly(source, size)
+    levels, left = io.BytesIO(told[len(told) - size :]), page.rows * optional
     found = [np.ones(page.rows - left, bool)]
     while left:
         head = _varint(levels)
@@ -281,7 +295,7 @@ def _present(source: io.BufferedIOBase, page: _Page, optional: bool) -> NDArray[
             raise pa.ArrowInvalid("a page has levels of no value")
         found.append(run)
         left -= len(run)
-    return np.concatenate(found)
+    return np.concatenate(found), zlib.crc32(told)
 
 
 # ------------------------------------------------------------------- Thrift's compact protocol

@@ -16,6 +16,7 @@ from manifests.pages import AHEAD, PagedFile, _Page, _present, fresh
 from manifests.shards import LATENTS, ShardError, read_latents
 
 ROWS = 300
+CHECKED = {"write_page_checksum": True, "write_batch_size": 7, "data_page_size": 9000}
 
 
 def values(longest: int = 5000, missing: float = 0.2) -> list[bytes | None]:
@@ -77,6 +78,8 @@ def opened(file: Path, far: bool) -> tuple[PagedFile, Reads]:
         ({"data_page_version": "2.0", "write_batch_size": 7, "data_page_size": 9000}, True),
         ({"null": False}, True),
         ({"write_page_checksum": True, "write_statistics": ["data"]}, True),
+        ({**CHECKED, "data_page_version": "2.0"}, True),
+        (CHECKED, True),
         ({"compression": "zstd"}, False),
         ({"use_dictionary": ["data"]}, False),
     ],
@@ -171,6 +174,32 @@ def test_damage_never_gives_anything_but_an_arrow_error(tmp_path: Path) -> None:
         paged._values(paged.file, 0, "data", range(130), fresh)
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_changed_values_are_told_by_the_checksum_of_their_page(
+    version: str, tmp_path: Path
+) -> None:
+    data = values()
+    write(file := tmp_path / "file.parquet", data, data_page_version=version, **CHECKED)
+    whole, draw = file.read_bytes(), np.random.default_rng(3)
+    chunk = pq.read_metadata(file).row_group(1).column(1)
+    for _ in range(100):
+        broken = bytearray(whole)
+        at = chunk.data_page_offset + int(draw.integers(0, chunk.total_compressed_size))
+        broken[at] ^= 1 << int(draw.integers(0, 8))
+        paged = PagedFile(io.BytesIO(bytes(broken)), far=False)
+        try:
+            found = list(paged.rows(1, range(130, 260), ["id"], ["data"], [fresh]))
+        except pa.ArrowInvalid:
+            continue
+        # What else is in a page's header, as its statistics, tells nothing of the values.
+        assert [None if v is None else bytes(v) for _, v in found] == data[130:260]
+    broken = bytearray(whole)
+    broken[whole.index(data[140] or b"") + 3] ^= 1
+    paged = PagedFile(io.BytesIO(bytes(broken)), far=False)
+    with pytest.raises(pa.ArrowInvalid, match="holds other bytes than its checksum is of"):
+        list(paged.rows(1, range(130, 260), ["id"], ["data"], [fresh]))
+
+
 def test_levels_of_another_encoding_are_refused(tmp_path: Path) -> None:
     """They have no length before them, and would be read as others."""
     write(file := tmp_path / "file.parquet", values())
@@ -187,7 +216,8 @@ def test_levels_of_another_encoding_are_refused(tmp_path: Path) -> None:
 def test_levels_of_an_impossible_length_are_damage() -> None:
     told = b"\xff" * 9 + b"\x7f"  # a run of 2**69 bytes
     with pytest.raises(pa.ArrowInvalid, match="63 bits"):
-        _present(io.BufferedReader(io.BytesIO(told)), _Page(10, len(told), len(told)), True)
+        page = _Page(10, len(told), len(told), None)
+        _present(io.BufferedReader(io.BytesIO(told)), page, True)
 
 
 @pytest.mark.parametrize(
