@@ -17,8 +17,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +25,7 @@ from manifests.sources import SourceError, SourceSettings, extras_schema, read
 from pipeline.config import ConfigError, parse
 from pipeline.output import emit, json_text, text_table
 from stages.base import Context, Failed, StageError
+from stages.demo.shapes import scene, write_clip
 from stages.download import Download, DownloadSettings
 from stages.filter import Filter, FilterSettings
 from stages.probe import Probe, ProbeSettings
@@ -328,21 +327,10 @@ def test_a_zip_bomb_is_cut_off_at_what_it_claims_and_at_what_it_gives(tmp_path: 
 # ---------------------------------------------------------------------------- videos
 
 
-def video(path: Path, form: str | None = None) -> None:
-    with av.open(str(path), "w", format=form) as container:
-        stream = container.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for i in range(8):
-            picture = np.full((64, 64, 3), 20 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
 def test_a_video_that_names_other_files_opens_none(tmp_path: Path) -> None:
     """Playlists: FFmpeg would read what they name, here or on the network."""
-    video(tmp_path / "private.mp4")
-    video(tmp_path / "private.ts", "mpegts")
+    for name in ("private.mp4", "private.ts"):
+        write_clip(tmp_path / name, scene(0), 8, 1.0, (64, 64))
     playlists = {
         "concat.mp4": "ffconcat version 1.0\nfile private.mp4\n",
         "hls.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\nprivate.ts\n#EXT-X-ENDLIST\n",

@@ -121,7 +121,7 @@ def _written(part: Path) -> Iterator[None]:
     it knows; the others wait for it, and are ended (`trainer.ending`)."""
     try:
         yield
-    except disk.FAULTS as error:
+    except disk.faults() as error:
         why = disk.fault(error, part)
         if why is None:
             raise

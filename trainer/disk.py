@@ -9,16 +9,23 @@ import errno
 import os
 import re
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
-FAULTS = (OSError, RuntimeError, SafetensorError, CheckpointException)  # that it may be among
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _TORCH = re.compile("iostream error|inline_container|PytorchStreamWriter")
 _PROBE_BYTES = 1 << 20
+
+
+def faults() -> tuple[type[BaseException], ...]:
+    """Among which those of the disk are. Whoever writes FSDP's checkpoints has loaded theirs, which
+    takes long."""
+    loaded = sys.modules.get("torch.distributed.checkpoint.api")
+    more = (loaded.CheckpointException,) if loaded else ()
+    return (OSError, RuntimeError, SafetensorError, *more)
 
 
 def full(error: BaseException | None) -> bool:
@@ -28,8 +35,8 @@ def full(error: BaseException | None) -> bool:
 
 def fault(error: BaseException, folder: Path) -> OSError | None:
     """What `error`, met while files were written to `folder`, says of the disk; None: nothing."""
-    if isinstance(error, CheckpointException):  # of each process that met one
-        error = next(iter(error.failures.values()))[0]
+    if of_each := getattr(error, "failures", None):  # FSDP's, of each process that met one
+        error = next(iter(of_each.values()))[0]
     if isinstance(error, OSError):
         return error
     if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, as Rust writes it

@@ -157,7 +157,8 @@ class VideoDiT(nn.Module):
             if config.embeddings is not None
             else TextEncoder(config.text, model.width, model.heads)
         )
-        self.pooled = nn.Linear(model.width, model.width)
+        # A mean of many words is small, and what tells captions apart in it smaller.
+        self.pooled = nn.Sequential(nn.LayerNorm(model.width), nn.Linear(model.width, model.width))
         self.time = nn.Sequential(
             nn.Linear(model.width, model.width), nn.SiLU(), nn.Linear(model.width, model.width)
         )

@@ -8,8 +8,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pytest
 
 from manifests import intake
@@ -18,6 +16,7 @@ from pipeline.dag import Pipeline
 from pipeline.report import Reporter
 from pipeline.run import run
 from pipeline.unit import Retry
+from stages.demo.shapes import scene, write_clip
 
 YAML = """\
 workdir: ./work
@@ -30,21 +29,14 @@ run: {runner: local, unit_size: 2, isolate: false}
 """
 
 
-def video(path: Path, shade: int, frames: int = 8) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for i in range(frames):
-            picture = np.full((64, 64, 3), shade + 5 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
+def video(path: Path, number: int, frames: int = 8) -> None:
+    write_clip(path, scene(number), 8, frames / 8, (64, 64))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for i, name in enumerate("abcd"):
-        video(tmp_path / f"{name}.mp4", 40 * i)
+        video(tmp_path / f"{name}.mp4", i)
     video(tmp_path / "other.mp4", 200, frames=12)
     (tmp_path / "clips.csv").write_text("path\na.mp4\nb.mp4\nc.mp4\nd.mp4\n")
     (tmp_path / "vidpipe.yaml").write_text(YAML)
