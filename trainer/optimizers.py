@@ -38,10 +38,12 @@ def check_spread(settings: TrainSettings, fsdp2: bool, zero: bool) -> None:
             "train.optimizer is adamw_8bit, but bitsandbytes knows no weights that FSDP2 spreads: "
             "set it to adamw, whose state is spread as well, or take --accelerate zero2"
         )
-    if zero and settings.optimizer == "prodigy":
+    if (fsdp2 or zero) and settings.optimizer == "prodigy":
+        # ZeRO: each process finds the rate of its own part. FSDP2: state of weights that began as
+        # zeros is not loaded, or not as it was.
         raise SettingsError(
-            "train.optimizer is prodigy, but with DeepSpeed each process would find another rate, "
-            "that of its part of the weights: set it to adamw, or take --accelerate fsdp2"
+            "train.optimizer is prodigy, which cannot find its rate, or not go on as it was, where "
+            "weights are spread over processes: set it to adamw, or leave --accelerate out"
         )
 
 
@@ -62,7 +64,6 @@ def build(
         made: Optimizer = _module(name).Prodigy(
             groups, **options, safeguard_warmup=True, use_bias_correction=True
         )
-        made.register_step_post_hook(_of_one_shape)
         return made
     if name == "adamw_8bit":
         made = _module(name).AdamW8bit(groups, **options)
@@ -81,14 +82,6 @@ def build(
     model.to(device)  # it copies the weights to the host, from where they are
     made = module.CPUOffloadOptimizer(groups, torch.optim.AdamW, **options)
     return made
-
-
-def _of_one_shape(optimizer: Any, *_: Any) -> None:
-    """Of a weight that begins as zeros Prodigy keeps a single zero, and of the same weight in a run
-    that goes on as many values as it has: parts of weights would not load."""
-    for state in optimizer.state.values():
-        if state["p0"].dim() == 0:
-            state["p0"] = torch.zeros_like(state["s"])
 
 
 def resumed(optimizer: Any, decays: Sequence[float]) -> None:

@@ -168,10 +168,10 @@ def put(weight: Weight, held: Tensor) -> None:
     if not _cut_flat(weight):
         part(weight).copy_(held)
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
     value = whole(weight, held)
-    with GatheredParameters([weight], modifier_rank=0):
+    with zero.GatheredParameters([weight], modifier_rank=0):
         if first():
             weight.data.copy_(value)
 
