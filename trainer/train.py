@@ -125,7 +125,7 @@ def train(settings: TrainSettings) -> Path:
     say(
         f"{len(loader)} clips of {loader.shapes}, {parameters:,} parameters, {world} x "
         f"{device.type}, mixed precision {accelerator.mixed_precision}, steps {step} to "
-        f"{settings.steps}"
+        f"{max(step, settings.steps)}"
     )
     if validation is not None:
         say(f"{validation.clips} clips are looked at that are held back from training")
