@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import pytest
-from parallel import is_on_ray
 from s3_faults import ENVIRONMENT as S3
 from s3_faults import Proxy
 
@@ -78,8 +77,9 @@ def on_runner(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Any]]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Ends it with the last test that may need it: it is none of what other tests start. First of
-    all, as after the very last test the folder of its logs goes, too."""
-    if _KEPT in item.session.stash and (nextitem is None or not is_on_ray(nextitem)):
+    """Ends it with the last test of a file: what runs that were killed leave in it does not reach
+    other files' tests. First of all, as after the very last test the folder of its logs goes, too.
+    """
+    if _KEPT in item.session.stash and (nextitem is None or nextitem.path != item.path):
         item.session.stash[_KEPT].end()
         del item.session.stash[_KEPT]
