@@ -279,7 +279,8 @@ def test_large_units_travel_in_parts_where_a_model_is_at_work(
     assert heard.units == dict.fromkeys(made.stages, 2), "a unit is told of once"
 
 
-def test_a_run_outlives_the_process_that_it_reports_to(tmp_path: Path, ray_address: str) -> None:
+def test_a_run_outlives_the_process_that_it_reports_to(tmp_path: Path) -> None:
+    """On a Ray of its own: one that is shared may give the process of an earlier run again."""
     import psutil
 
     began = time.time()
@@ -295,8 +296,7 @@ def test_a_run_outlives_the_process_that_it_reports_to(tmp_path: Path, ray_addre
                     process.kill()
                     self.killed += 1
 
-    how = {"runner": "ray", "address": ray_address}
-    made = pipeline(tmp_path, ["0.2"] * 24, [Slow], run=how)
+    made = pipeline(tmp_path, ["0.2"] * 24, [Slow], run={"runner": "ray"})
     heard = Killing()
     result = run(made, (), Retry(), heard)
     assert heard.killed == 1
