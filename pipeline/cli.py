@@ -45,15 +45,23 @@ def main() -> None:
         click.echo(_shown(said.getvalue()), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo(stop.sentence(), err=True)
-        stop.sweep()
-        code = stop.code()
+        code = _stop()
     except Exception as error:  # noqa: BLE001  the last one to see it
         known = _known(error)
-        text = traceback.format_exc() if known is None else f"vidpipe: {error}"
-        click.echo(_shown(text), err=True)
-        code = 1 if known is None else known
+        if known != 1 and stop.asked():  # within a library that made an error of its own of it
+            code = _stop()
+        else:
+            text = traceback.format_exc() if known is None else f"vidpipe: {error}"
+            click.echo(_shown(text), err=True)
+            code = 1 if known is None else known
     _leave(int(code or 0))
+
+
+def _stop() -> int:
+    """Says who asked and ends what this process started; the exit code."""
+    click.echo(stop.sentence(), err=True)
+    stop.sweep()
+    return stop.code()
 
 
 def _shown(text: str) -> str:

@@ -26,6 +26,7 @@ LAST_SECONDS = 9.0
 GOES_ON = "what is committed stays, `vidpipe run` goes on from there"
 
 _asked: int | None = None
+_listening = False
 _orderly = False
 _now = False  # raise even within `orderly`
 _interrupted = False  # this process sends itself a signal
@@ -55,6 +56,8 @@ def sentence() -> str:
 
 def listen() -> None:
     """From now on a signal raises Stopped in the main thread, outside of `orderly`."""
+    global _listening
+    _listening = True
     _handle(_heard)
 
 
@@ -75,11 +78,14 @@ def _heard(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def orderly() -> Iterator[None]:
-    """Within it a signal is asked about, not raised; raises Stopped at its end if one came."""
+    """Within it a signal is asked about, not raised; raises Stopped at its end if one came, and at
+    its beginning if one came before: a library may have swallowed what was raised in it."""
     global _asked, _now, _orderly, _stderr
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    if _listening and _asked is not None:
+        raise Stopped
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _stderr = os.dup(2)
     ours, theirs = socket.socketpair()

@@ -92,6 +92,45 @@ def test_during_imports_it_ends_without_a_trace(tmp_path: Path) -> None:
         until(lambda left=command.left: not left(), 20)
 
 
+LIBRARY = """
+import signal
+
+from killers import Slow
+from pydantic_core import SchemaValidator, core_schema
+
+
+class Loud(Slow):
+    pass
+
+
+class Value:
+    def __hash__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+    @property
+    def value(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+SchemaValidator({})
+"""
+
+
+@pytest.mark.parametrize(
+    "schema", ["enum_schema(Value, [Value()])", "literal_schema([Value()])"], ids=["own", "none"]
+)
+def test_a_library_that_makes_its_own_error_of_a_signal_or_none(
+    tmp_path: Path, schema: str
+) -> None:
+    """pydantic does both while it builds the settings of a stage."""
+    made = project(tmp_path, [f"0 {tmp_path}"], ["slow=loud:Loud"])
+    (tmp_path / "loud.py").write_text(LIBRARY.format(f"core_schema.{schema}"))
+    command = Command(made, "run", "--runner", "local", path=[tmp_path])
+    assert command.wait() == CODES[signal.SIGTERM], command.said
+    assert "stopped by SIGTERM" in command.said
+    assert "Traceback" not in command.said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_on_ray(tmp_path: Path, number: signal.Signals) -> None:
     """Two workers at work, many units in line; the first batch of one never ends."""
