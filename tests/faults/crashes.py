@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "pipeline"), str(HERE.parents[1])]
@@ -229,12 +230,9 @@ class Harness:
             return
         from ray.cluster_utils import Cluster
 
-        os.environ |= {"CRASH_PLAN": str(plan), "OMP_NUM_THREADS": "1"}  # its workers inherit these
-        try:
+        with mock.patch.dict(os.environ, self._env(plan)):  # its workers inherit these
             cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
             nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
-        finally:
-            del os.environ["CRASH_PLAN"], os.environ["OMP_NUM_THREADS"]
         try:
             yield (
                 ("--address", cluster.address),
@@ -266,13 +264,14 @@ class Harness:
         self._begun.clear()
 
     def _command(self, file: Path, *words: str, plan: Path | None) -> Command:
+        return Command(file.parent, *words, path=[HERE / "inject"], env=self._env(plan))
+
+    def _env(self, plan: Path | None) -> dict[str, str]:
         env = {
             "OMP_NUM_THREADS": "1",  # torch's threads would wait for each other more than work
             "TMPDIR": str(self.folder / "t"),
         }
-        if plan is not None:
-            env["CRASH_PLAN"] = str(plan)
-        return Command(file.parent, *words, path=[HERE / "inject"], env=env)
+        return env if plan is None else env | {"CRASH_PLAN": str(plan)}
 
     _begun: Counter[tuple[str, ...]] = Counter()
 
