@@ -15,7 +15,7 @@ import json
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from manifests.reconcile import (
     spill_pool,
 )
 from manifests.redact import cleaned, part
+from manifests.scans import SCANS, Scan, public, scans, which
 from manifests.schema import (
     KEPT,
     OUTCOME,
@@ -50,26 +51,12 @@ from manifests.schema import (
     row_keys,
 )
 from manifests.sources import SourceSettings, extras_schema, read_tables, resolve_root, signature
-from manifests.store import Store, StoreError
+from manifests.store import Store
 from manifests.view import SOURCE_FINGERPRINT, SOURCE_LAYER, Layer, tally
 
 MIN_UNIT, MAX_UNIT = 64, 8192
-SCANS = "source/scans"
 BEGUN = "begun-"
 _ROWS = 1 << 16  # rows that are judged and spilled at once
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What reading the source once came to."""
-
-    signature: str  # of the source and how it is read: equal means that nothing can have changed
-    rows: int
-    new: int
-    changed: int
-    gone: int
-    units: list[str] = field(default_factory=list)  # the new ones
-    secrets: int = 0  # rows whose URI holds some: they are in `manifests.credentials`
 
 
 def source_layer(extras: pa.Schema | None = None) -> Layer:
@@ -94,36 +81,6 @@ def source_signature(settings: SourceSettings) -> str:
     return digest([settings.model_dump(mode="json"), signature(settings)])
 
 
-def scans(store: Store) -> list[Scan]:
-    """Every scan so far, in order. Raises StoreError for a damaged record."""
-    found: list[Scan] = []
-    for name in store.find(SCANS):
-        if not name.endswith(".json"):
-            continue  # what a crash left of a record that was being written
-        if not name.endswith(f"/{len(found):06d}.json"):
-            raise StoreError(
-                f"{store.path(SCANS)} has no record {len(found):06d}: "
-                "`vidpipe verify --repair` has the source read anew"
-            )
-        try:
-            found.append(Scan(**json.loads(store.read(name))))
-        except (ValueError, TypeError) as error:
-            raise StoreError(
-                f"{store.path(name)} is no record of a scan any more ({error}): "
-                "`vidpipe verify --repair` has the source read anew"
-            ) from error
-    return found
-
-
-def last_scan(store: Store) -> Scan | None:
-    return next(reversed(scans(store)), None)
-
-
-def pool_units(store: Store) -> set[str]:
-    """The units that count: those that a scan's record names."""
-    return {unit for scan in scans(store) for unit in scan.units}
-
-
 def scan(
     store: Store,
     settings: SourceSettings,
@@ -143,7 +100,7 @@ def scan(
         before = scans(store)
         same = bool(before) and before[-1].signature == now and not broken_off
         if same and not anew and not _stale(store, before[-1]):
-            return Scan(now, before[-1].rows, 0, 0, 0, secrets=before[-1].secrets)
+            return replace(before[-1], new=0, changed=0, gone=0, units=[])
         units = {unit for scan in before for unit in scan.units}
         mark = f"{SCANS}/{BEGUN}{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory(prefix="vidpipe-scan-") as folder:
@@ -216,7 +173,8 @@ def _scan(
                 own = bucket.filter(pc.equal(bucket.column("unit"), unit))
                 _commit(log, unit, own.drop_columns("unit"))
     source.files.save(store)
-    return Scan(now, rows, new, changed, gone, made, source.secrets)
+    of = which(settings, store), public(settings.path)
+    return Scan(now, rows, new, changed, gone, made, source.secrets, *of)
 
 
 class _Public:

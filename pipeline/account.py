@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from manifests.intake import last_scan
 from manifests.log import Counts
+from manifests.scans import last_scan
 from manifests.sources import read
 from manifests.view import SOURCE_LAYER
 from pipeline.dag import Pipeline

@@ -248,9 +248,13 @@ def _asked(
 def status(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Where every clip is: per stage in, kept, rejected, failed, pending."""
     from pipeline.account import account, retry_hint, spent
+    from pipeline.index import of_another_source
     from pipeline.output import json_text, text_table
 
-    result = account(load(file, overrides))
+    pipeline = load(file, overrides)
+    result = account(pipeline)
+    if told := of_another_source(pipeline):
+        click.echo(_shown(f"note: {told}: `vidpipe run` reads that"), err=True)
     if as_json:
         click.echo(json_text(result, indent=1))
         return

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests.facts import file_facts
+from manifests.scans import public, scanned_instead
 from manifests.schema import KEPT, digest
 from manifests.shards import INDEX, LatentSpec, TextSpec, write_index
 from manifests.store import StoreError
 from manifests.view import UnitView
-from pipeline.config import CAPTIONED
+from pipeline.config import CAPTIONED, ConfigError
 from pipeline.dag import Pipeline
 from pipeline.plan import status, views
 
@@ -51,11 +52,13 @@ def refresh(pipeline: Pipeline) -> int | None:
     """Writes the index anew if anything that it is made of has changed. Returns its number of
     clips; None where the DAG has no encode stage, or nothing has changed.
 
-    Where no clip is ready there is none. Only while rows wait, as after a changed rule that was not
+    Raises ConfigError where the rows in the workdir are those of another source. Where no clip is
+    ready there is no index. Only while rows wait, as after a changed rule that was not
     run yet, the one of before stays: it is what the settings of before are trained on.
     """
     if "encode" not in pipeline.stages:
         return None
+    _check_source(pipeline)
     column, wanted = caption_column(pipeline), needed(pipeline)
     state = _state(pipeline, wanted)
     if state == _last_state(pipeline):
@@ -76,6 +79,28 @@ def refresh(pipeline: Pipeline) -> int | None:
         text = told(pipeline, ready.column("text_shard")[0].as_py())
         facts["text"] = TextSpec.from_json(text).to_json()
     return write_index(path(pipeline), pipeline.config.workdir, chain([ready], tables), spec, facts)
+
+
+def _check_source(pipeline: Pipeline) -> None:
+    if told := of_another_source(pipeline):
+        raise ConfigError(f"{told}: `vidpipe run` first, with the settings that are meant")
+
+
+def of_another_source(pipeline: Pipeline) -> str:
+    """Whose rows and captions stand in the workdir where they are not those of `source`."""
+    now = pipeline.config.source
+    last = scanned_instead(now, pipeline.store)
+    if last is None:
+        return ""
+    if last.path != public(now.path):
+        return (
+            f"rows and captions in {pipeline.config.workdir} are those of {last.path}, which was "
+            f"read last, not those of {public(now.path)}, as `source` has it"
+        )
+    return (
+        f"rows and captions in {pipeline.config.workdir} are those of {last.path} as it was read "
+        "last, with other settings of `source` than these"
+    )
 
 
 def up_to_date(pipeline: Pipeline) -> bool:

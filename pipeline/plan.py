@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from manifests.intake import pool_units
 from manifests.log import Counts
+from manifests.scans import pool_units
 from manifests.store import StoreError
 from manifests.view import SOURCE_LAYER, UnitView
 from pipeline.dag import Pipeline

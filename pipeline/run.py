@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from manifests.faults import halts
-from manifests.intake import Scan, scan
+from manifests.intake import scan
 from manifests.log import Counts
+from manifests.scans import Scan
 from manifests.schema import did_you_mean
 from pipeline import index, local
 from pipeline.advice import advice

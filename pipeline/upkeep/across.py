@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manifests.intake import SCANS, last_scan
 from manifests.ledger import Ledger
 from manifests.log import Counts
+from manifests.scans import SCANS, last_scan
 from manifests.shards import CAPTIONS
 from manifests.view import SOURCE_LAYER
 from pipeline.dag import Pipeline

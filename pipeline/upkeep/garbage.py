@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from manifests.intake import SCANS
 from manifests.log import SNAPSHOTS, Log, standing
+from manifests.scans import SCANS
 from manifests.schema import KEPT
 from manifests.store import Store
 from pipeline.dag import Pipeline

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 
-from manifests.intake import SCANS, Scan
 from manifests.joins import array, current
 from manifests.log import Commit, Counts, Log, line_of, standing
+from manifests.scans import SCANS, Scan
 from manifests.store import Store, StoreError
 from manifests.view import SOURCE_LAYER, tally
 from pipeline.dag import Pipeline
@@ -137,7 +137,8 @@ def _read_anew(store: Store) -> None:
         if not names:
             return
         last = Scan(**json.loads(store.read(names[-1])))
-        record = json.dumps(asdict(Scan(UNKNOWN, last.rows, 0, 0, 0))).encode()
+        unread = replace(last, signature=UNKNOWN, new=0, changed=0, gone=0, units=[])
+        record = json.dumps(asdict(unread)).encode()
         if last.signature == UNKNOWN or store.create(f"{SCANS}/{len(names):06d}.json", record):
             return
 

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow.compute as pc
 
 from manifests.faults import StoreError
-from manifests.intake import SCANS, Scan, pool_units
 from manifests.log import SNAPSHOTS, Commit, Log, standing
+from manifests.scans import SCANS, Scan, pool_units
 from manifests.schema import KEPT
 from manifests.store import Store
 from manifests.view import SOURCE_LAYER

@@ -8,7 +8,7 @@ import pytest
 from crashes import Crash, Harness
 from evidence import opened, wrong
 
-from manifests.intake import SCANS, scans
+from manifests.scans import SCANS, scans
 
 QUICK = [
     Crash("local", "driver", "half commit", 11),  # the record of the scan, after ten units

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from manifests import intake, reconcile
-from manifests.intake import pool_units, scan, source_layer
+from manifests.intake import scan, source_layer
 from manifests.joins import array
+from manifests.scans import SCANS, pool_units
 from manifests.sources import SourceSettings, extras_schema, read, read_tables
 from manifests.store import Store
 from manifests.view import SOURCE_LAYER, Dag, UnitView
@@ -79,7 +80,7 @@ def test_the_pool_is_what_the_table_says_whatever_happened_before(
         named = [r["path"] for r in rows if r["path"]]
         assert sorted(f["uri"] for f in repeats) == sorted(set_apart(named))
         assert scan(store, settings, 4).new == 0
-        store.delete(store.find(intake.SCANS)[-1])  # a scan that broke off before its record
+        store.delete(store.find(SCANS)[-1])  # a scan that broke off before its record
         again = scan(store, settings, 4)
         assert again.rows == len(rows)
         assert taken_in(store, settings).keys() == found.keys()
@@ -146,7 +147,7 @@ def test_a_scan_that_breaks_off_amid_changes_is_made_good(
     changes: list[str] = []
 
     def no_record(self: Store, name: str, data: bytes) -> bool:
-        if name.startswith(intake.SCANS) and name.endswith(".json"):
+        if name.startswith(SCANS) and name.endswith(".json"):
             raise KeyboardInterrupt
         return create(self, name, data)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from manifests import intake
+from manifests.scans import scans
 from pipeline import config, dag, query
 from pipeline.dag import Pipeline
 from pipeline.report import Reporter
@@ -223,6 +223,6 @@ def test_a_list_of_files_that_was_cut_off_is_made_anew(folder: Path) -> None:
     path.write_bytes(whole[:50])
     assert go(made(folder), "download") == {}
     assert path.read_bytes()[:4] == whole[:4]
-    before = len(intake.scans(pipeline.store))
+    before = len(scans(pipeline.store))
     go(made(folder), "download")
-    assert len(intake.scans(pipeline.store)) == before
+    assert len(scans(pipeline.store)) == before

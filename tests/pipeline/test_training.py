@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from toys import Length, Limit, Shout
 from toys import pipeline as toys
 
 from manifests.intake import scan
-from manifests.shards import LATENTS, LatentSpec
+from manifests.shards import LATENTS, Index, LatentSpec
 from pipeline import index, training
 from pipeline.config import ConfigError, parse
 from pipeline.dag import build
@@ -94,6 +94,47 @@ def test_what_waits_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     told = capsys.readouterr().err
     assert "training on 2 clips" in told
     assert "not trained on are rows that wait: 2 at length. `vidpipe run` brings them in" in told
+
+
+def test_the_captions_of_another_source_are_not_trained_on(tmp_path: Path) -> None:
+    """The same clips in two tables: latents are the same, and captions are those read last."""
+    stages = [Length, Limit, Encode]
+    made = toys(tmp_path, ["red", "blue"], stages)
+    run(made, (), Retry(), Reporter())
+    table = Path(made.config.source.path)
+    shuffled = table.with_name("shuffled.jsonl")
+    lines = [json.loads(line) for line in table.read_text().splitlines()]
+    captions = [line["text"] for line in lines]
+    rows = [line | {"text": other} for line, other in zip(lines, reversed(captions))]
+    shuffled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def of(**changes: Any) -> Any:
+        source = made.config.source.model_copy(update=changes)
+        return replace(made, config=replace(made.config, source=source))
+
+    other = of(path=str(shuffled))
+    run(other, (), Retry(), Reporter())
+    training.prepare(other)
+    with pytest.raises(ConfigError) as error:
+        training.prepare(made)
+    assert f"are those of {shuffled}, which was read last, not those of {table}, as `source`" in (
+        str(error.value)
+    )
+    assert "`vidpipe run` first" in str(error.value)
+    with pytest.raises(ConfigError, match="with other settings of `source` than these"):
+        training.prepare(of(path=str(shuffled), encoding="latin-1"))
+    training.prepare(of(path=str(shuffled), watch=7))
+    run(made, (), Retry(), Reporter())
+    training.prepare(made)
+    assert Index.open(index.path(made)).table.column("caption").to_pylist() == captions
+
+
+def test_a_workdir_that_was_moved_with_its_source_is_trained_on(tmp_path: Path) -> None:
+    stages = [Length, Limit, Encode]
+    (tmp_path / "here").mkdir()
+    run(toys(tmp_path / "here", ["red", "blue"], stages), (), Retry(), Reporter())
+    (tmp_path / "here").rename(tmp_path / "there")
+    training.prepare(toys(tmp_path / "there", ["red", "blue"], stages))
 
 
 def test_where_nothing_is_ready_it_is_told_why_and_the_index_stays(tmp_path: Path) -> None:
