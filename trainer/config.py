@@ -56,7 +56,7 @@ class TrainSettings(Section):
     gradient_accumulation: int = Field(1, ge=1, description="forward passes that make one step")
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload", "prodigy"] = Field(
         "adamw",
-        description="adamw (fused on a GPU); adamw_8bit: its state in 8 bits (bitsandbytes); "
+        description="adamw (fused); adamw_8bit: its state in 8 bits (bitsandbytes); "
         "adamw_offload: its state and step on the CPU (torchao), on one GPU and without "
         "grad_clip; prodigy: finds the rate itself (prodigyopt)",
     )

@@ -58,7 +58,7 @@ def build(
     groups, name = decayed(model, settings.weight_decay), settings.optimizer
     options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas}
     if name == "adamw":
-        return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
+        return torch.optim.AdamW(groups, **options, fused=device.type in ("cuda", "cpu"))
     if name == "prodigy":
         # As its authors advise for diffusion; the estimate starts too high in a warm-up otherwise.
         made: Optimizer = _module(name).Prodigy(
