@@ -10,11 +10,13 @@ import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # The hub's rules for names, which huggingface_hub tells only once it fetches.
 _NAME = r"\b[\w.-]{1,96}\b"
 _ID = re.compile(rf"(?!.*(--|\.\.))(?!.*\.git\Z){_NAME}/{_NAME}", re.ASCII)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+PATIENCE = 30.0  # seconds for which a hub may say nothing
 
 
 class HubError(Exception):
@@ -37,8 +39,11 @@ def fetch(
 
     Raises HubError.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_session, snapshot_download
 
+    hooks = get_session().event_hooks["request"]
+    if _impatient not in hooks:
+        hooks.append(_impatient)
     try:
         return Path(
             snapshot_download(
@@ -52,6 +57,13 @@ def fetch(
         told = f"revision {revision} of " * bool(revision) + name
         why, remedy = _reason(error)
         raise HubError(f"{told} can't be fetched: {why}; {remedy}") from error
+
+
+def _impatient(request: Any) -> None:
+    """Limits the time of a request that has no limit, as those that ask what a model consists of:
+    a hub or proxy that accepts and says nothing holds for ever otherwise."""
+    limits = request.extensions["timeout"]
+    request.extensions["timeout"] = {n: PATIENCE if s is None else s for n, s in limits.items()}
 
 
 def _reason(error: Exception) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -121,6 +122,24 @@ def test_what_the_hub_does_wrong_is_told(
     answers(answer)
     with pytest.raises(HubError, match=rf"^owner/name can't be fetched: .*{why}.*; .*{remedy}"):
         fetch("owner/name")
+
+
+def test_a_hub_that_accepts_and_says_nothing_is_not_waited_for(
+    answers: Callable[[Callable[[str], Answer]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    over = threading.Event()
+
+    def silent(path: str) -> Answer:
+        over.wait(30)
+        return None
+
+    answers(silent)
+    began = time.monotonic()
+    with pytest.raises(HubError, match=r"and the hub can't be reached \(.*timed out"):
+        fetch("owner/name")
+    assert time.monotonic() - began < 20
+    over.set()
 
 
 def test_files_that_are_refused_are_told(
