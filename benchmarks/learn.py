@@ -50,6 +50,7 @@ train:
   warmup: 50
   ema_decay: 0.999
   shift: 3
+  compile: true
   model: {{patch: [8, 2, 2], width: 192, depth: 4, heads: 6}}
   text: {{layers: 0}}
   log_every: 100
@@ -181,7 +182,7 @@ if __name__ == "__main__":
         __doc__ or "",
         {
             "--clips": {"type": int, "default": 5000},
-            "--steps": {"type": int, "default": 12000},
+            "--steps": {"type": int, "default": 22000},
             "--samples": {"type": int, "default": 64},
             "--guidance": {"type": float, "default": 1.5},
             "--folder": {"type": Path, "help": "kept, and gone on from; default: one that goes"},

@@ -20,8 +20,9 @@ class Meter:
 
     def __init__(self, device: torch.device, world: int, step: int, steps: int) -> None:
         self._device, self._world = device, world
-        self._first, self._steps = step, steps
-        self._start = time.perf_counter()
+        self._steps = steps
+        # The first step compiles, and sets the device up: it says nothing of those to come.
+        self._first, self._warm = step + 1, 0.0
         self._reset(step)
 
     def _reset(self, step: int) -> None:
@@ -44,23 +45,27 @@ class Meter:
     def add(self, losses: Tensor) -> None:
         """Those of a forward pass, of all processes."""
         self._losses.append(losses.flatten())
+        self._warm = self._warm or time.perf_counter()
 
     def read(self, step: int) -> dict[str, float]:
-        """The values by their names, after `step` steps. What is left is by all that has passed,
-        looks and checkpoints as well."""
+        """The values by their names, after `step` steps. What is left is by all that has passed
+        since the first of them, looks and checkpoints as well."""
         losses = torch.cat(self._losses)
         mean = losses.mean().item()  # only then has a GPU done what it was told
         now = time.perf_counter()
         elapsed = now - self._began
         speed = len(losses) / elapsed
+        own = elapsed / (step - self._step)
+        since = step - self._first
+        pace = (now - self._warm) / since if since else own
         values = {
             "loss": mean,
             "clips_per_second": speed,
             "clips_per_second_each": speed / self._world,
-            "step_seconds": elapsed / (step - self._step),
+            "step_seconds": own,
             "data_wait": self._waited / elapsed,
             "memory_gib": peak_memory(self._device) / GIB,
-            "seconds_left": (now - self._start) / (step - self._first) * (self._steps - step),
+            "seconds_left": pace * (self._steps - step),
         }
         self._reset(step)
         return values

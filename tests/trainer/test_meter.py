@@ -37,13 +37,23 @@ def test_speed_is_that_of_training_and_what_is_left_that_of_all(clock: list[floa
         "clips_per_second_each": 2.0,
         "step_seconds": 1.0,
         "data_wait": 0.25,
-        "seconds_left": 10 / 4 * 16,
+        "seconds_left": 9 / 3 * 16,
     }
     clock[0] += 2
     made.add(torch.tensor([5.0]))
     again = made.read(15)
     assert (again["loss"], again["step_seconds"], again["data_wait"]) == (5.0, 2.0, 0.0)
-    assert math.isclose(again["seconds_left"], 12 / 5 * 15)
+    assert math.isclose(again["seconds_left"], 11 / 4 * 15)
+
+
+def test_a_first_step_that_takes_long_does_not_count_for_those_to_come(clock: list[float]) -> None:
+    made = Meter(torch.device("cpu"), 1, 0, 100)
+    left = []
+    for step in range(1, 4):
+        clock[0] += 90 if step == 1 else 1
+        made.add(torch.tensor([1.0]))
+        left.append(made.read(step)["seconds_left"])
+    assert left == [90 * 99, 98, 97]
 
 
 def test_the_line() -> None:
