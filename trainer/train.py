@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch import Tensor, nn
 
@@ -283,8 +284,9 @@ def check_gradient(norm: float, batch: Batch, step: int, saved: Path | None) -> 
 def _after(batch: Batch, saved: Path | None) -> str:
     """What to do, and what of, when a step cannot be taken. All processes call it."""
     there = f"the last good checkpoint, {saved}" if saved else "the start (there is no checkpoint)"
+    wider = " or in bf16" * (AcceleratorState().mixed_precision == "fp16")  # whose range ends early
     return (
-        f", or train with a lower train.learning_rate or in bf16 from {there}. The batch: "
+        f", or train with a lower train.learning_rate{wider} from {there}. The batch: "
         f"{', '.join(gather_object(batch.clip_ids))}"
     )
 

@@ -143,6 +143,7 @@ def test_no_finite_loss_stops_with_step_and_clip(
     bad = list(made.clips)[2]
     last = json.loads((settings.output / "last.json").read_text())
     assert f"no finite number at step {last['step'] + 1}, of clips {bad}: " in told
+    assert "with a lower train.learning_rate from " in told, "bf16 is no remedy in float32"
     assert f"from the last good checkpoint, {settings.output / last['checkpoint']}." in told
     batch = told.split("The batch: ")[1].split(", ")
     assert len(batch) == settings.batch_size and bad in batch and set(batch) <= set(made.clips)
