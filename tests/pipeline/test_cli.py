@@ -193,6 +193,18 @@ def test_a_replaced_file_is_noticed(tmp_path: Path) -> None:
     ]
 
 
+def test_whose_rows_stand_in_the_workdir_is_told(encoded: Path) -> None:
+    assert "note:" not in vidpipe(encoded, "status").stderr
+    (encoded / "other.csv").write_text("path,text\nshort.mp4,another caption\n")
+    words = ("--set", f"source.path={encoded}/other.csv")
+    told = vidpipe(encoded, "status", *words)
+    assert told.returncode == 0
+    assert told.stderr.startswith("note: rows and captions in ")
+    assert f"are those of {encoded}/clips.csv, which was read last, not those of" in told.stderr
+    train = vidpipe(encoded, "train", *words)
+    assert train.returncode == 2 and "`vidpipe run` first" in train.stderr
+
+
 ABORTS_AT_EXIT = """\
 import ctypes
 from stages.base import Stage, StageSettings
