@@ -40,7 +40,7 @@ from manifests.reconcile import (
     spill_pool,
 )
 from manifests.redact import cleaned, part
-from manifests.scans import SCANS, Scan, public, scans, which
+from manifests.scans import SCANS, Scan, scans, which
 from manifests.schema import (
     KEPT,
     OUTCOME,
@@ -87,26 +87,32 @@ def scan(
     size: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
     anew: bool = False,
+    written: SourceSettings | None = None,
 ) -> Scan:
     """Brings the pool up to the source; does nothing where neither it nor a file that it names has
     changed since, but for `anew`.
 
-    `size` fixes the rows of a new unit; `progress` is told the rows read so far. Raises SourceError
-    for a source that can't be read: then the pool is as it was.
+    `size` fixes the rows of a new unit; `progress` is told the rows read so far. `written`: the
+    settings with paths as the user wrote them, for the record. Raises SourceError for a source that
+    can't be read: then the pool is as it was.
     """
     now = source_signature(settings)
+    source, path = which(written or settings)
     while True:
         broken_off = _begun(store)
         before = scans(store)
         same = bool(before) and before[-1].signature == now and not broken_off
         if same and not anew and not _stale(store, before[-1]):
-            return replace(before[-1], new=0, changed=0, gone=0, units=[])
+            done = replace(before[-1], new=0, changed=0, gone=0, units=[], source=source, path=path)
+            if before[-1].source == source or _record(store, len(before), done):
+                return done
+            continue
         units = {unit for scan in before for unit in scan.units}
         mark = f"{SCANS}/{BEGUN}{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory(prefix="vidpipe-scan-") as folder:
             done = _scan(store, settings, now, units, size, progress, Path(folder), mark)
-        record = json.dumps(asdict(done)).encode()
-        if store.create(f"{SCANS}/{len(before):06d}.json", record):
+        done = replace(done, source=source, path=path)
+        if _record(store, len(before), done):
             for name in (*broken_off, mark):
                 store.delete(name)
             return done
@@ -117,8 +123,12 @@ def found_pool(store: Store, units: Mapping[str, pa.Table]) -> None:
     for name, rows in units.items():
         _commit(source_log(store), name, rows)
     rows = sum(map(len, units.values()))
-    record = asdict(Scan("", rows, rows, 0, 0, list(units)))
-    store.create(f"{SCANS}/000000.json", json.dumps(record).encode())
+    _record(store, 0, Scan("", rows, rows, 0, 0, list(units)))
+
+
+def _record(store: Store, number: int, done: Scan) -> bool:
+    """Whether it became the record of that number; False: another driver's did."""
+    return store.create(f"{SCANS}/{number:06d}.json", json.dumps(asdict(done)).encode())
 
 
 def _begun(store: Store) -> list[str]:
@@ -173,8 +183,7 @@ def _scan(
                 own = bucket.filter(pc.equal(bucket.column("unit"), unit))
                 _commit(log, unit, own.drop_columns("unit"))
     source.files.save(store)
-    of = which(settings, store), public(settings.path)
-    return Scan(now, rows, new, changed, gone, made, source.secrets, *of)
+    return Scan(now, rows, new, changed, gone, made, source.secrets)
 
 
 class _Public:

@@ -6,14 +6,14 @@ import json
 import os
 from dataclasses import dataclass, field
 
-from manifests.redact import redact_urls
+from manifests.redact import split_secret
 from manifests.schema import digest
 from manifests.sources import SourceSettings
 from manifests.store import Store, StoreError
 
 SCANS = "source/scans"
 _SPEED = {"watch"}  # settings that change no row
-_PLACES = ("path", "root", "videos")
+_PLACES = {"path", "root", "videos"}
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,21 @@ def pool_units(store: Store) -> set[str]:
     return {unit for scan in scans(store) for unit in scan.units}
 
 
-def which(settings: SourceSettings, store: Store) -> str:
-    """Which source that is, and how it is read. The same where a workdir and the source beside it
-    were moved together, or are mounted elsewhere."""
-    told = settings.model_dump(mode="json", exclude=_SPEED)
-    if "://" not in store.url:
-        for name in _PLACES:
-            if (place := told[name]) and "://" not in place:
-                told[name] = os.path.relpath(place, store.url)
-    return digest(told)
+def which(written: SourceSettings) -> tuple[str, str]:
+    """Which source that is and how it is read, as a digest, and its path without secrets.
+
+    `written` has paths as the configuration has them: a project may be elsewhere, or mounted
+    elsewhere, where it is trained.
+    """
+    told = written.model_dump(mode="json", exclude=_SPEED, exclude_defaults=True)
+    for name in _PLACES & told.keys():
+        place = told[name]
+        told[name] = split_secret(place)[0] if "://" in place else os.path.normpath(place)
+    return digest(told), told["path"]
 
 
-def public(path: str) -> str:
-    """The path of a source as a record may tell it."""
-    return redact_urls(path)
-
-
-def scanned_instead(settings: SourceSettings, store: Store) -> Scan | None:
+def scanned_instead(written: SourceSettings, store: Store) -> Scan | None:
     """The last scan where it was of another source than this, or of this read another way: then
     rows and captions in the workdir are that one's."""
     last = last_scan(store)
-    return last if last and last.source and last.source != which(settings, store) else None
+    return last if last and last.source and last.source != which(written)[0] else None

@@ -48,7 +48,7 @@ def main() -> None:
         code = _stop()
     except Exception as error:  # noqa: BLE001  the last one to see it
         known = _known(error)
-        if known != 1 and stop.asked():  # within a library that made an error of its own of it
+        if known != 1 and stop.early():
             code = _stop()
         else:
             text = traceback.format_exc() if known is None else f"vidpipe: {error}"

@@ -85,6 +85,11 @@ class Config:
     run: RunSettings
     train: Mapping[str, Any]
     stages: Mapping[str, AnyStage]  # enabled ones, by name, in no particular order
+    written: SourceSettings | None = None  # `source` with its paths as they stand in the file
+
+    @property
+    def as_written(self) -> SourceSettings:
+        return self.written or self.source
 
     @property
     def base(self) -> Path:
@@ -142,7 +147,8 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> Config:
         captions=next((c for stage, c in CAPTIONED.items() if stage in chosen), "caption"),
     )
     stages = {name: cls(settings, context) for name, (cls, settings) in chosen.items()}
-    return Config(file, context.workdir, source, top.sampling, top.run, top.train, stages)
+    run, train = top.run, top.train
+    return Config(file, context.workdir, source, top.sampling, run, train, stages, top.source)
 
 
 def _chosen(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests.facts import file_facts
-from manifests.scans import public, scanned_instead
+from manifests.scans import scanned_instead, which
 from manifests.schema import KEPT, digest
 from manifests.shards import INDEX, LatentSpec, TextSpec, write_index
 from manifests.store import StoreError
@@ -83,19 +83,20 @@ def refresh(pipeline: Pipeline) -> int | None:
 
 def _check_source(pipeline: Pipeline) -> None:
     if told := of_another_source(pipeline):
-        raise ConfigError(f"{told}: `vidpipe run` first, with the settings that are meant")
+        raise ConfigError(f"{told}: `vidpipe run` first, or name what was read")
 
 
 def of_another_source(pipeline: Pipeline) -> str:
     """Whose rows and captions stand in the workdir where they are not those of `source`."""
-    now = pipeline.config.source
-    last = scanned_instead(now, pipeline.store)
+    written = pipeline.config.as_written
+    last = scanned_instead(written, pipeline.store)
     if last is None:
         return ""
-    if last.path != public(now.path):
+    path = which(written)[1]
+    if last.path != path:
         return (
             f"rows and captions in {pipeline.config.workdir} are those of {last.path}, which was "
-            f"read last, not those of {public(now.path)}, as `source` has it"
+            f"read last, not those of {path}, as `source` has it"
         )
     return (
         f"rows and captions in {pipeline.config.workdir} are those of {last.path} as it was read "

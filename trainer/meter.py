@@ -16,10 +16,13 @@ GIB = 2**30
 
 
 class Meter:
-    """Of the steps since it was last read: `world` processes go on behind `step`, to `steps`."""
+    """Of the steps since it was last read, of `passes` forward passes each: `world` processes go on
+    behind `step`, to `steps`."""
 
-    def __init__(self, device: torch.device, world: int, step: int, steps: int) -> None:
-        self._device, self._world = device, world
+    def __init__(
+        self, device: torch.device, world: int, step: int, steps: int, passes: int = 1
+    ) -> None:
+        self._device, self._world, self._passes = device, world, passes
         self._steps = steps
         # The first step compiles, and sets the device up: it says nothing of those to come.
         self._first, self._warm = step + 1, 0.0
@@ -45,7 +48,8 @@ class Meter:
     def add(self, losses: Tensor) -> None:
         """Those of a forward pass, of all processes."""
         self._losses.append(losses.flatten())
-        self._warm = self._warm or time.perf_counter()
+        if not self._warm and len(self._losses) == self._passes:
+            self._warm = time.perf_counter()
 
     def read(self, step: int) -> dict[str, float]:
         """The values by their names, after `step` steps. What is left is by all that has passed

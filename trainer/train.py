@@ -137,7 +137,7 @@ def train(settings: TrainSettings) -> Path:
 
     # ------------------------------------------------------------------------- the loop
     model.train()
-    meter = Meter(device, world, step, settings.steps)
+    meter = Meter(device, world, step, settings.steps, settings.gradient_accumulation)
     with stop_signals() as stop, closing(loader.batches(position)) as batches:
         stopped = False  # on any process, known to all
         while step < settings.steps and not stopped:

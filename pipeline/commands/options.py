@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline.workers import stop
+
 if TYPE_CHECKING:
     from pipeline.dag import Pipeline
 
@@ -39,6 +41,7 @@ def load(file: str, overrides: tuple[str, ...], **run: Any) -> Pipeline:
     from pipeline import config, dag
 
     loaded = config.load(file, overrides)
+    stop.heed()
     chosen = {name: value for name, value in run.items() if value is not None}
     return dag.build(replace(loaded, run=loaded.run.model_copy(update=chosen)))
 

@@ -27,6 +27,7 @@ GOES_ON = "what is committed stays, `vidpipe run` goes on from there"
 
 _asked: int | None = None
 _listening = False
+_worked = False  # `orderly` was entered
 _orderly = False
 _now = False  # raise even within `orderly`
 _interrupted = False  # this process sends itself a signal
@@ -41,6 +42,18 @@ class Stopped(KeyboardInterrupt):
 def asked() -> bool:
     """Whether the run is to commit what is done and end."""
     return _asked is not None
+
+
+def early() -> bool:
+    """Whether a signal came before any work began: a library may have made an error of its own of
+    what was raised in it, or have swallowed it."""
+    return _listening and not _worked and _asked is not None
+
+
+def heed() -> None:
+    """Raises Stopped where a signal came early."""
+    if early():
+        raise Stopped
 
 
 def code() -> int:
@@ -79,13 +92,13 @@ def _heard(number: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def orderly() -> Iterator[None]:
     """Within it a signal is asked about, not raised; raises Stopped at its end if one came, and at
-    its beginning if one came before: a library may have swallowed what was raised in it."""
-    global _asked, _now, _orderly, _stderr
+    its beginning if one came early."""
+    global _asked, _now, _orderly, _stderr, _worked
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    if _listening and _asked is not None:
-        raise Stopped
+    heed()
+    _worked = True
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _stderr = os.dup(2)
     ours, theirs = socket.socketpair()

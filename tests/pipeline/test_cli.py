@@ -200,7 +200,7 @@ def test_whose_rows_stand_in_the_workdir_is_told(encoded: Path) -> None:
     told = vidpipe(encoded, "status", *words)
     assert told.returncode == 0
     assert told.stderr.startswith("note: rows and captions in ")
-    assert f"are those of {encoded}/clips.csv, which was read last, not those of" in told.stderr
+    assert "are those of clips.csv, which was read last, not those of" in told.stderr
     train = vidpipe(encoded, "train", *words)
     assert train.returncode == 2 and "`vidpipe run` first" in train.stderr
 

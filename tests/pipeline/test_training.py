@@ -12,7 +12,9 @@ from toys import Length, Limit, Shout
 from toys import pipeline as toys
 
 from manifests.intake import scan
+from manifests.scans import SCANS, scans, which
 from manifests.shards import LATENTS, Index, LatentSpec
+from manifests.sources import SourceSettings
 from pipeline import index, training
 from pipeline.config import ConfigError, parse
 from pipeline.dag import build
@@ -108,7 +110,7 @@ def test_the_captions_of_another_source_are_not_trained_on(tmp_path: Path) -> No
     rows = [line | {"text": other} for line, other in zip(lines, reversed(captions))]
     shuffled.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def of(**changes: Any) -> Any:
+    def of(**changes: Any) -> Any:  # as a configuration that says so
         source = made.config.source.model_copy(update=changes)
         return replace(made, config=replace(made.config, source=source))
 
@@ -132,9 +134,49 @@ def test_the_captions_of_another_source_are_not_trained_on(tmp_path: Path) -> No
 def test_a_workdir_that_was_moved_with_its_source_is_trained_on(tmp_path: Path) -> None:
     stages = [Length, Limit, Encode]
     (tmp_path / "here").mkdir()
-    run(toys(tmp_path / "here", ["red", "blue"], stages), (), Retry(), Reporter())
+    written = SourceSettings(kind="jsonl", path="clips.jsonl")
+
+    def there(folder: Path) -> Any:
+        made = toys(folder, ["red", "blue"], stages)
+        return replace(made, config=replace(made.config, written=written))
+
+    run(there(tmp_path / "here"), (), Retry(), Reporter())
     (tmp_path / "here").rename(tmp_path / "there")
-    training.prepare(toys(tmp_path / "there", ["red", "blue"], stages))
+    moved = there(tmp_path / "there")
+    Path(moved.config.source.path).unlink()  # training needs no source
+    training.prepare(moved)
+
+
+def test_a_source_that_only_goes_by_another_name_is_known_after_the_next_run(
+    tmp_path: Path,
+) -> None:
+    """Nothing is read anew for that, also where the workdir is from before names were recorded."""
+    stages = [Length, Limit, Encode]
+    made = toys(tmp_path, ["red", "blue"], stages)
+    run(made, (), Retry(), Reporter())
+    record = Path(made.store.path(made.store.find(SCANS)[-1]))
+    told = json.loads(record.read_text())
+    for name in ("source", "path"):
+        del told[name]
+    record.write_text(json.dumps(told))
+    training.prepare(made)
+    for name, records in (("./clips.jsonl", 2), ("clips.jsonl", 2), ("../x/clips.jsonl", 3)):
+        written = SourceSettings(kind="jsonl", path=name)
+        renamed = replace(made, config=replace(made.config, written=written))
+        run(renamed, (), Retry(), Reporter())
+        assert len(scans(made.store)) == records
+        training.prepare(renamed)
+    with pytest.raises(ConfigError, match=r"those of \.\./x/clips\.jsonl, which was read last"):
+        training.prepare(made)
+
+
+def test_a_table_s_new_signature_is_the_same_source() -> None:
+    def signed(words: str) -> tuple[str, str]:
+        url = f"https://host/clips.csv?X-Amz-Signature={words}&X-Amz-Date={words}"
+        return which(SourceSettings(kind="csv", path=url))
+
+    assert signed("aaaa")[0] == signed("bbbb")[0]
+    assert "aaaa" not in signed("aaaa")[1]
 
 
 def test_where_nothing_is_ready_it_is_told_why_and_the_index_stays(tmp_path: Path) -> None:

@@ -47,11 +47,12 @@ def test_speed_is_that_of_training_and_what_is_left_that_of_all(clock: list[floa
 
 
 def test_a_first_step_that_takes_long_does_not_count_for_those_to_come(clock: list[float]) -> None:
-    made = Meter(torch.device("cpu"), 1, 0, 100)
+    made = Meter(torch.device("cpu"), 1, 0, 100, passes=2)
     left = []
     for step in range(1, 4):
-        clock[0] += 90 if step == 1 else 1
-        made.add(torch.tensor([1.0]))
+        for _ in range(2):
+            clock[0] += 45 if step == 1 else 0.5
+            made.add(torch.tensor([1.0]))
         left.append(made.read(step)["seconds_left"])
     assert left == [90 * 99, 98, 97]
 
