@@ -79,6 +79,13 @@ def ready(accelerator: Accelerator, model: nn.Module) -> None:
             "accelerate's configuration asks for FSDP 1: set fsdp_version: 2 under fsdp_config "
             "(`accelerate to-fsdp2 --config_file FILE --overwrite` rewrites it)"
         )
+    if zero_stage(accelerator) == 3:
+        # These take weights of modules within without calling these, and others than in training
+        # where they only look: ZeRO-3, which gathers what is called in the order that it has seen,
+        # is to gather the whole layer.
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [nn.TransformerEncoderLayer], raise_if_not_found=False)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     if dtype is None or kind(accelerator) == WHOLE:
         return
