@@ -72,10 +72,3 @@ def which(written: SourceSettings) -> tuple[str, str]:
         place = told[name]
         told[name] = split_secret(place)[0] if "://" in place else os.path.normpath(place)
     return digest(told), told["path"]
-
-
-def scanned_instead(written: SourceSettings, store: Store) -> Scan | None:
-    """The last scan where it was of another source than this, or of this read another way: then
-    rows and captions in the workdir are that one's."""
-    last = last_scan(store)
-    return last if last and last.source and last.source != which(written)[0] else None

@@ -85,11 +85,7 @@ class Config:
     run: RunSettings
     train: Mapping[str, Any]
     stages: Mapping[str, AnyStage]  # enabled ones, by name, in no particular order
-    written: SourceSettings | None = None  # `source` with its paths as they stand in the file
-
-    @property
-    def as_written(self) -> SourceSettings:
-        return self.written or self.source
+    written: SourceSettings  # `source` with its paths as they stand in the file
 
     @property
     def base(self) -> Path:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests.facts import file_facts
-from manifests.scans import scanned_instead, which
+from manifests.scans import last_scan, which
 from manifests.schema import KEPT, digest
 from manifests.shards import INDEX, LatentSpec, TextSpec, write_index
 from manifests.store import StoreError
@@ -58,7 +58,8 @@ def refresh(pipeline: Pipeline) -> int | None:
     """
     if "encode" not in pipeline.stages:
         return None
-    _check_source(pipeline)
+    if other := of_another_source(pipeline):
+        raise ConfigError(f"{other}: `vidpipe run` first, or name what was read")
     column, wanted = caption_column(pipeline), needed(pipeline)
     state = _state(pipeline, wanted)
     if state == _last_state(pipeline):
@@ -81,18 +82,13 @@ def refresh(pipeline: Pipeline) -> int | None:
     return write_index(path(pipeline), pipeline.config.workdir, chain([ready], tables), spec, facts)
 
 
-def _check_source(pipeline: Pipeline) -> None:
-    if told := of_another_source(pipeline):
-        raise ConfigError(f"{told}: `vidpipe run` first, or name what was read")
-
-
 def of_another_source(pipeline: Pipeline) -> str:
-    """Whose rows and captions stand in the workdir where they are not those of `source`."""
-    written = pipeline.config.as_written
-    last = scanned_instead(written, pipeline.store)
-    if last is None:
+    """Whose rows and captions stand in the workdir where they are not those of `source`, or of it
+    read another way; empty where they are."""
+    last = last_scan(pipeline.store)
+    source, path = which(pipeline.config.written)
+    if last is None or last.source in ("", source):
         return ""
-    path = which(written)[1]
     if last.path != path:
         return (
             f"rows and captions in {pipeline.config.workdir} are those of {last.path}, which was "

@@ -58,7 +58,7 @@ def prepare(
             pipeline.config.run.unit_size,
             reading(report),
             anew=_looks_anew(pipeline, stages, retry),
-            written=pipeline.config.as_written,
+            written=pipeline.config.written,
         )
     except OSError as error:  # the table is spilled to a temporary folder
         full = halts(error, tempfile.gettempdir())

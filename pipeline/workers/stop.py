@@ -26,7 +26,6 @@ LAST_SECONDS = 9.0
 GOES_ON = "what is committed stays, `vidpipe run` goes on from there"
 
 _asked: int | None = None
-_listening = False
 _worked = False  # `orderly` was entered
 _orderly = False
 _now = False  # raise even within `orderly`
@@ -47,7 +46,7 @@ def asked() -> bool:
 def early() -> bool:
     """Whether a signal came before any work began: a library may have made an error of its own of
     what was raised in it, or have swallowed it."""
-    return _listening and not _worked and _asked is not None
+    return not _worked and _asked is not None
 
 
 def heed() -> None:
@@ -69,8 +68,6 @@ def sentence() -> str:
 
 def listen() -> None:
     """From now on a signal raises Stopped in the main thread, outside of `orderly`."""
-    global _listening
-    _listening = True
     _handle(_heard)
 
 

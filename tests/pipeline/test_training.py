@@ -112,7 +112,7 @@ def test_the_captions_of_another_source_are_not_trained_on(tmp_path: Path) -> No
 
     def of(**changes: Any) -> Any:  # as a configuration that says so
         source = made.config.source.model_copy(update=changes)
-        return replace(made, config=replace(made.config, source=source))
+        return replace(made, config=replace(made.config, source=source, written=source))
 
     other = of(path=str(shuffled))
     run(other, (), Retry(), Reporter())

@@ -194,4 +194,6 @@ def pipeline(
     small = {"runner": "local", "isolate": False, "unit_size": 4}
     run_settings = RunSettings(**small | (run or {}))
     file = str(folder / "vidpipe.yaml")
-    return build(Config(file, context.workdir, source, context.sampling, run_settings, {}, made))
+    return build(
+        Config(file, context.workdir, source, context.sampling, run_settings, {}, made, source)
+    )
